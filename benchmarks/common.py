@@ -1,0 +1,70 @@
+"""What the benchmarks share: paired timing, the machine in words, results on disk."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def paired(sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
+    """Return the fastest time of each side in seconds, the sides taken in turn so that drift hits all alike."""
+    best = dict.fromkeys(sides, float("inf"))
+    for i in range(warmup + rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if i >= warmup:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def machine() -> dict[str, Any]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cards": cards,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write the rows with the command, the commit and the machine beside them, and print them."""
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": head,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,0 +1,44 @@
+"""BandPO: trust regions projected into ratio bounds that know each token's probability (arXiv 2603.04918)."""
+
+from bandpo._checks import InputError as InputError
+from bandpo.aggregation import aggregate as aggregate
+from bandpo.bounds import Bounds as Bounds
+from bandpo.bounds import band as band
+from bandpo.bounds import band_eps as band_eps
+from bandpo.bounds import binary_divergence as binary_divergence
+from bandpo.bounds import in_band as in_band
+from bandpo.clips import Band as Band
+from bandpo.clips import Fixed as Fixed
+from bandpo.clips import NoClip as NoClip
+from bandpo.clips import Region as Region
+from bandpo.clips import Sides as Sides
+from bandpo.clips import get_clip as get_clip
+from bandpo.diagnostics import ClipStats as ClipStats
+from bandpo.divergences import Divergence as Divergence
+from bandpo.divergences import get_divergence as get_divergence
+from bandpo.loss import LossOutput as LossOutput
+from bandpo.loss import clip_stats as clip_stats
+from bandpo.loss import policy_loss as policy_loss
+
+__version__ = "0.1.0"
+__all__ = [
+    "Band",
+    "Bounds",
+    "ClipStats",
+    "Divergence",
+    "Fixed",
+    "InputError",
+    "LossOutput",
+    "NoClip",
+    "Region",
+    "Sides",
+    "aggregate",
+    "band",
+    "band_eps",
+    "binary_divergence",
+    "clip_stats",
+    "get_clip",
+    "get_divergence",
+    "in_band",
+    "policy_loss",
+]

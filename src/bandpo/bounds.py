@@ -1,0 +1,164 @@
+"""The Band operator: a trust region of radius delta, projected into an interval of ratios for each token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bandpo import solve
+from bandpo._checks import check_number, check_tensor
+from bandpo.divergences import Divergence, get_divergence
+from bandpo.move import Move, working_dtype
+
+Delta = float | Tensor | tuple[float | Tensor, float | Tensor]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """An interval of ratios per token, held as log-ratios so that it exists for every probability.
+
+    Args:
+        log_low: log of the least ratio allowed, <= 0, shape of the tokens.
+        log_high: log of the greatest ratio allowed, >= 0, shape of the tokens.
+    """
+
+    log_low: Tensor
+    log_high: Tensor
+
+    @property
+    def low(self) -> Tensor:
+        """The least ratio allowed, in [0, 1]."""
+        return torch.exp(self.log_low)
+
+    @property
+    def high(self) -> Tensor:
+        """The greatest ratio allowed, in [1, 1/p]; inf where 1/p overflows and no cap is set."""
+        return torch.exp(self.log_high)
+
+
+@torch.no_grad()
+def band(
+    old_logps: Tensor, delta: Delta = 0.05, divergence: str | Divergence = "kl", cap: float | None = None
+) -> Bounds:
+    """Return, for each token, the interval of ratios whose divergence is at most delta.
+
+    The roots of  g_f(p, r) = p f(r) + (1-p) f((1-rp)/(1-p)) = delta  on both sides of r = 1, within [0, 1/p].
+
+    Args:
+        old_logps: natural-log probabilities of the taken actions under the old policy, any shape; half types are
+            computed in float32. NaN and positive values (padding) count as 0.
+        delta: divergence radius (nats for kl): a float, a tensor that broadcasts, or a pair (delta_low, delta_high).
+        divergence: a name or a `Divergence`.
+        cap: greatest ratio allowed, >= 1, or None.
+
+    Returns:
+        `Bounds`, detached, finite in log space, low <= 1 <= high.
+
+    Raises:
+        InputError: a dtype that is not floating, delta <= 0 or not finite, cap < 1, an unknown divergence.
+
+    Source: arXiv 2603.04918, section 3 (the operator), 1901.10314 (the same bounds for kl).
+    """
+    divergence = get_divergence(divergence)
+    check_tensor("old_logps", old_logps)
+    cap = check_cap(cap)
+    log_p = old_logps.to(working_dtype(old_logps))
+    largest = torch.finfo(log_p.dtype).max
+    log_p = log_p.nan_to_num(nan=0.0, neginf=-largest).clamp_(max=0.0)
+    delta_low, delta_high = (delta_like(d, log_p) for d in check_delta(delta))
+    log_low, log_high = solve.log_bounds(divergence, log_p, delta_low, delta_high)
+    log_low = log_low.clamp(-largest, 0.0)
+    log_high = torch.minimum(log_high.clamp(min=0.0), -log_p)
+    return Bounds(log_low, log_high if cap is None else log_high.clamp(max=math.log(cap)))
+
+
+def band_eps(
+    old_logps: Tensor, delta: Delta = 0.05, divergence: str | Divergence = "kl", cap: float | None = 10.0
+) -> tuple[Tensor, Tensor]:
+    """Return the band as the two margins that any host takes which clamps a ratio to [1 - eps_low, 1 + eps_high].
+
+    Args:
+        old_logps: as in `band`: the very tensor in the ratio's denominator.
+        delta: as in `band`.
+        divergence: as in `band`.
+        cap: as in `band`; with None, eps_high is at most the largest float32.
+
+    Returns:
+        (eps_low, eps_high), detached float32 of the tokens' shape: 0 <= eps_low <= 1, 0 <= eps_high, all finite,
+        padding too.
+
+    Raises:
+        InputError: as `band`.
+    """
+    bounds = band(old_logps, delta, divergence, cap)
+    eps_low, eps_high = torch.expm1(bounds.log_low).neg_(), torch.expm1(bounds.log_high)
+    return eps_low.float(), eps_high.clamp(max=torch.finfo(torch.float32).max).float()
+
+
+@torch.no_grad()
+def binary_divergence(logps: Tensor, old_logps: Tensor, divergence: str | Divergence = "kl") -> Tensor:
+    """Return the divergence between the two-outcome distributions of each token.
+
+    g_f(p, r) = p f(r) + (1-p) f((1-rp)/(1-p)): a lower bound of the whole distribution's divergence.
+
+    Args:
+        logps: natural-log probabilities of the taken actions under the new policy, any shape.
+        old_logps: the same under the old policy, same shape.
+        divergence: a name or a `Divergence`.
+
+    Returns:
+        Tensor of the tokens' shape, float32 (float64 for float64 input), nats for kl.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit, an unknown divergence.
+
+    Source: arXiv 2603.04918, section 3; 2602.04879 (binary KL and TV).
+    """
+    check_tensor("logps", logps)
+    check_tensor("old_logps", old_logps, like=logps)
+    return get_divergence(divergence).of(Move(logps, old_logps))
+
+
+@torch.no_grad()
+def in_band(logps: Tensor, old_logps: Tensor, delta: Delta = 0.05, divergence: str | Divergence = "kl") -> Tensor:
+    """Return whether each token's ratio lies inside its band; evaluates the divergence, solves nothing.
+
+    Args:
+        logps: as in `binary_divergence`.
+        old_logps: as in `binary_divergence`.
+        delta: as in `band`.
+        divergence: a name or a `Divergence`.
+
+    Returns:
+        Bool tensor of the tokens' shape.
+
+    Raises:
+        InputError: as `binary_divergence` and `band`.
+    """
+    value = binary_divergence(logps, old_logps, divergence)
+    delta_low, delta_high = (delta_like(d, value) for d in check_delta(delta))
+    return value <= torch.where(logps < old_logps, delta_low, delta_high)
+
+
+def check_delta(delta: Delta) -> tuple[float | Tensor, float | Tensor]:
+    """Return (delta_low, delta_high), checked where they are Python numbers."""
+    low, high = delta if isinstance(delta, (tuple, list)) and len(delta) == 2 else (delta, delta)
+    for side in (low, high):
+        if not isinstance(side, Tensor):
+            check_number("delta", side, 0.0, open_low=True)
+    return low, high  # type: ignore[return-value]
+
+
+def check_cap(cap: object) -> float | None:
+    """Return `cap`, a finite ratio of at least 1, or None."""
+    return None if cap is None else check_number("cap", cap, 1.0)
+
+
+def delta_like(delta: float | Tensor, x: Tensor) -> Tensor:
+    """Return `delta` as a tensor of the dtype and device of `x`, without a host synchronisation."""
+    if isinstance(delta, Tensor):
+        return delta.to(x)
+    return torch.full((), delta, dtype=x.dtype, device=x.device)

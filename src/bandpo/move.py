@@ -1,0 +1,93 @@
+"""How far tokens moved between two policies, and the arithmetic that keeps its digits and its speed.
+
+On a CPU in eager mode a comparison that makes a bool tensor costs five times as much as one that makes a float, and
+`torch.where` on a random mask thirty times as much. So the core masks with an integer AND and selects by products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGE = 3e38  # stands for infinity where inf * 0 would make a NaN; float32 can hold it
+
+
+class Move:
+    """How far each token moved: from probability p to q = r p.
+
+    `log_ratio` (log r) and `rise` (r - 1, exact near r = 1) are scratch: a divergence may overwrite them. The methods
+    make a new tensor at each call: recomputing is cheaper than holding one more tensor in memory.
+
+    Args:
+        logps: log-probabilities of the taken actions under the new policy, any shape.
+        old_logps: the same under the old policy, same shape.
+        mask: 1 for tokens, 0 for padding, or None. Padding becomes p = 1, r = 1 (inert), whatever it holds, NaN too.
+    """
+
+    def __init__(self, logps: Tensor, old_logps: Tensor, mask: Tensor | None = None) -> None:
+        dtype = working_dtype(logps)
+        self._inputs = logps.to(dtype), old_logps.to(dtype), mask
+        log_p, log_q = (keep(x, mask).clamp_(min=-LARGE) for x in (self._inputs[1], self._inputs[0]))
+        self.log_ratio = log_q.sub_(log_p).clamp_(max=80.0)  # e^80 is far past any use; products with it stay finite
+        del log_p
+        self.rise = expm1_(self.log_ratio.clone())
+
+    def again(self) -> Move:
+        """Return the same move with fresh scratch."""
+        return Move(*self._inputs)
+
+    def raw_log_ratio(self) -> Tensor:
+        """Return log r as the inputs have it: padding may hold anything."""
+        return self._inputs[0] - self._inputs[1]
+
+    def p(self) -> Tensor:
+        """Return p."""
+        return keep(*self._inputs[1:]).exp_()
+
+    def rest(self) -> Tensor:
+        """Return 1 - p, with all its digits near p = 1, at least 1e-38."""
+        return expm1_(keep(*self._inputs[1:])).neg_().clamp_(min=1e-38)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which `x` is computed: float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def keep(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a copy of `x` with zeros where `mask` is 0, even where `x` holds NaN.
+
+    By an integer AND, because `x * mask` keeps NaN.
+
+    Args:
+        x: float32 or float64 tensor, any shape.
+        mask: 0 and 1, shape that `x` broadcasts to, or None to keep all.
+
+    Returns:
+        A new tensor of the mask's shape, or of the shape of `x` without a mask.
+    """
+    if mask is None:
+        return x.clone()
+    if torch.compiler.is_compiling():
+        return torch.where(mask != 0, x, 0.0)  # compilers fuse this one, and not the AND
+    bits = torch.int32 if x.dtype == torch.float32 else torch.int64
+    return mask.to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
+
+
+def expm1_(x: Tensor) -> Tensor:
+    """Return e^x - 1 with all its digits near 0, in place of `x`.
+
+    Under `torch.compile` by its series near 0, because Inductor's CPU code evaluates expm1 as exp(x) - 1.
+
+    Args:
+        x: float32 or float64 tensor.
+
+    Returns:
+        `x`, overwritten; a new tensor under `torch.compile`.
+    """
+    if not torch.compiler.is_compiling():
+        return x.expm1_()
+    series = torch.ones_like(x)
+    for n in range(8 if x.dtype == torch.float32 else 15, 1, -1):
+        series = 1 + x / n * series
+    return torch.where(x.abs() < 0.5, x * series, torch.exp(x) - 1)

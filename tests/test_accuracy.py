@@ -1,0 +1,181 @@
+"""The operator against 60-digit arithmetic, the full convex problem and the identities of the method."""
+
+import math
+
+import cvxpy as cp
+import mpmath as mp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bandpo
+
+mp.mp.dps = 60
+NAMES = ["kl", "tv", "chi2"]
+F = {
+    "kl": lambda u: u - 1 - mp.log(u),
+    "tv": lambda u: abs(u - 1) / 2,
+    "chi2": lambda u: (u - 1) ** 2,
+}
+LOG_P = [-80.0, -40.0, -14.0, -7.5, -4.0, -3.0, -2.0, -1.0, -0.7, -0.3, -0.1, -0.01, -1e-3, -1e-5, -1e-7]
+DELTAS = [1e-6, 1e-4, 1e-3, 0.01, 0.05, 0.3, 1.0, 3.0, 10.0]
+
+
+def exact_g(name, p, w_log_r):
+    r = mp.exp(w_log_r)
+    rest = 1 - p
+    return p * F[name](r) + rest * F[name]((1 - r * p) / rest)
+
+
+def exact_bounds(name, log_p, delta):
+    """(log_low, log_high) by closed form or bisection in 60 digits; -inf and -log_p where the simplex ends first."""
+    p, delta = mp.exp(mp.mpf(log_p)), mp.mpf(delta)
+    if name == "kl":
+        return -_kl_tail(p, 1 - p, delta), mp.log1p((1 - p) / p * -mp.expm1(-_kl_tail(1 - p, p, delta)))
+    margin = delta / p if name == "tv" else mp.sqrt(delta * (1 - p) / p)
+    return (mp.log(1 - margin) if margin < 1 else -mp.inf), min(mp.log(1 + margin), -mp.mpf(log_p))
+
+
+def _kl_tail(a, b, delta):
+    """Root w of a w - b log1p(a/b (1 - e^-w)) = delta, by bisection in log w."""
+    low, high = mp.sqrt(2 * delta * b / a) / 4 + delta / a / 9, delta / a + mp.sqrt(2 * delta * b / a)
+    for _ in range(120):
+        middle = mp.sqrt(low * high)
+        inside = a * middle - b * mp.log1p(-a / b * mp.expm1(-middle)) <= delta
+        low, high = (middle, high) if inside else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bounds_have_the_digits_promised(name, dtype):
+    log_p = torch.tensor(LOG_P, dtype=dtype)
+    for delta in DELTAS:
+        bounds = bandpo.band(log_p, delta, name)
+        assert bounds.log_low.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        allowed = 1e-9 if dtype == torch.float64 else 5e-6 if delta >= 1e-4 else 1e-4
+        for i, rounded in enumerate(log_p.tolist()):
+            exact = exact_bounds(name, rounded, delta)
+            for got, want in zip((bounds.log_low[i].item(), bounds.log_high[i].item()), exact, strict=True):
+                if want == -mp.inf:
+                    assert got <= -3e38
+                else:
+                    assert abs(got - want) <= allowed * abs(want), (name, rounded, delta, got, float(want))
+
+
+def test_the_table_of_the_method():
+    p = torch.tensor([0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99])
+    low = [0.0025, 0.0315, 0.162, 0.2617, 0.3128, 0.476, 0.571, 0.6915, 0.779, 0.8666, 0.9312]
+    high = [7.81, 4.93, 2.98, 2.4106, 2.2008, 1.7177, 1.515, 1.3085, 1.184, 1.0764, 1.0101]
+    bounds = bandpo.band(p.log(), delta=0.05)
+    torch.testing.assert_close(bounds.low, torch.tensor(low), atol=1e-3, rtol=0)
+    torch.testing.assert_close(bounds.high, torch.tensor(high), atol=6e-3, rtol=0)
+    tail = bandpo.band(torch.tensor([-14.0, -1e-6]), delta=0.05)
+    torch.testing.assert_close(tail.log_high, torch.tensor([10.97957, 1e-6]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(tail.log_low, torch.tensor([-60131.2, -0.0500108]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(log_p=st.floats(-30, -1e-6), delta=st.floats(1e-5, 10), wider=st.floats(1.001, 3))
+@settings(max_examples=60, deadline=None)
+def test_identities(name, log_p, delta, wider):
+    """Mirror identity, the bounds are roots, monotone in p and delta, inside the simplex."""
+    x = torch.tensor([log_p, 1.5 * log_p], dtype=torch.float64)
+    bounds, wide = bandpo.band(x, delta, name), bandpo.band(x, wider * delta, name)
+    assert (wide.log_low <= bounds.log_low).all() and (wide.log_high >= bounds.log_high).all()
+    assert bounds.log_high[1] >= bounds.log_high[0] and bounds.log_low[1] <= bounds.log_low[0]
+    assert (bounds.log_low <= 0).all() and (bounds.log_high >= 0).all() and (bounds.log_high + x <= 0).all()
+    if log_p > -1e-4:
+        return  # 1 - p is too coarse in float64 for the two checks below
+    rest = torch.log(-torch.expm1(x))
+    mirrored = bandpo.band(rest, delta, name).high
+    torch.testing.assert_close(bounds.low * x.exp(), 1 - rest.exp() * mirrored, atol=1e-9, rtol=1e-6)
+    for log_r in (bounds.log_low, bounds.log_high):
+        g = bandpo.binary_divergence(x + log_r, x, name)
+        saturated = (log_r + x > -1e-9) | (log_r < -700)
+        torch.testing.assert_close(g[~saturated], torch.full_like(g, delta)[~saturated], rtol=1e-5, atol=1e-9)
+        assert (g[saturated] <= delta * (1 + 1e-5)).all() or name == "kl"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_full_problem_over_the_simplex(name):
+    """Extremes of one action's ratio over all distributions in the trust region, by a convex solver."""
+    rng = np.random.default_rng(0)
+    for n, delta in ((3, 0.05), (10, 0.2), (50, 0.01)):
+        old = rng.dirichlet(np.full(n, 0.7)) * 0.999 + 0.001 / n
+        new = cp.Variable(n, nonneg=True)
+        divergence = {
+            "kl": lambda new=new, old=old: cp.sum(cp.kl_div(old, new)),
+            "tv": lambda new=new, old=old: cp.norm1(new - old) / 2,
+            "chi2": lambda new=new, old=old: cp.sum_squares(cp.multiply(old**-0.5, new - old)),
+        }[name]()
+        action = int(rng.integers(n))
+        region = [divergence <= delta, cp.sum(new) == 1]
+        ends = []
+        for goal in (cp.Minimize(new[action]), cp.Maximize(new[action])):
+            cp.Problem(goal, region).solve(solver=cp.CLARABEL)
+            ends.append(new.value[action] / old[action])
+        bounds = bandpo.band(torch.tensor([old[action]], dtype=torch.float64).log(), delta, name)
+        np.testing.assert_allclose([bounds.low.item(), bounds.high.item()], ends, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_your_own_f_finds_the_built_in_bounds(name):
+    mine = bandpo.Divergence("mine", bandpo.get_divergence(name).f)
+    log_p = torch.linspace(-6, -0.05, 40, dtype=torch.float64)
+    for delta in (0.01, 0.3):
+        ours, theirs = bandpo.band(log_p, delta, mine), bandpo.band(log_p, delta, name)
+        torch.testing.assert_close(ours.low, theirs.low, atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(ours.high, theirs.high, atol=1e-9, rtol=1e-7)
+        logps = log_p + 0.3 * torch.sin(17 * log_p)
+        logps.clamp_(max=-1e-3)
+        g = bandpo.binary_divergence(logps, log_p, mine)
+        torch.testing.assert_close(g, bandpo.binary_divergence(logps, log_p, name), rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_safe_on_a_million_tokens_and_on_garbage(name, dtype):
+    torch.manual_seed(0)
+    x = -torch.exp(torch.empty(1_000_000).uniform_(math.log(1e-7), math.log(1e4)))
+    garbage = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 5.0, -1e30])
+    x = torch.cat([x, garbage]).to(dtype)
+    previous = None
+    for delta in (1e-6, 0.05, 20.0):
+        bounds = bandpo.band(x, delta, name)
+        assert torch.isfinite(bounds.log_low).all() and torch.isfinite(bounds.log_high).all()
+        assert (bounds.log_low <= 0).all() and (bounds.log_high >= 0).all()
+        p = x.to(bounds.log_low.dtype).nan_to_num(nan=0.0).clamp(max=0)
+        assert (bounds.log_high <= -p).all()
+        if previous is not None:
+            assert (bounds.log_low <= previous.log_low).all() and (bounds.log_high >= previous.log_high).all()
+        previous = bounds
+        eps_low, eps_high = bandpo.band_eps(x, delta, name, cap=None)
+        assert eps_low.dtype == eps_high.dtype == torch.float32
+        assert ((eps_low >= 0) & (eps_low <= 1)).all() and (eps_high >= 0).all() and torch.isfinite(eps_high).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_band_agrees_with_the_bounds(name):
+    log_p = torch.linspace(-9, -0.02, 300, dtype=torch.float64)
+    for delta in (0.01, (0.01, 0.2), torch.full((300,), 0.05, dtype=torch.float64)):
+        bounds = bandpo.band(log_p, delta, name)
+        low = bounds.log_low.clamp(min=-30)
+        assert bandpo.in_band(log_p + 0.999 * low, log_p, delta, name).all()
+        assert bandpo.in_band(log_p + 0.999 * bounds.log_high, log_p, delta, name).all()
+        escapes = bounds.log_low > -30
+        assert not bandpo.in_band(log_p + 1.001 * low, log_p, delta, name)[escapes].any()
+        over = log_p + 1.001 * bounds.log_high
+        assert not bandpo.in_band(over, log_p, delta, name)[over < 0].any()
+
+
+def test_cap_pair_and_broadcast():
+    log_p = torch.full((2, 3), -6.0)
+    assert bandpo.band(log_p, 0.05, cap=10).high.eq(10).all()
+    pair = bandpo.band(log_p, (0.01, 0.2))
+    torch.testing.assert_close(pair.log_low, bandpo.band(log_p, 0.01).log_low)
+    torch.testing.assert_close(pair.log_high, bandpo.band(log_p, 0.2).log_high)
+    each = bandpo.band(log_p, torch.tensor([[0.01], [0.2]]))
+    torch.testing.assert_close(each.log_high[1], pair.log_high[1])

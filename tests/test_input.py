@@ -1,0 +1,60 @@
+"""Bad input to the core: one line that names the argument, the value, what is allowed and the way out."""
+
+import math
+
+import pytest
+import torch
+
+import bandpo
+
+X = torch.full((2, 3), -1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: bandpo.band(X, delta=0), "delta=0"),
+        (lambda: bandpo.band(X, delta=-0.1), "delta=-0.1"),
+        (lambda: bandpo.band(X, delta=math.nan), "delta=nan"),
+        (lambda: bandpo.band(X, delta=(0.1, 0.0)), "delta=0.0"),
+        (lambda: bandpo.band(X, delta="0.1"), "delta='0.1'"),
+        (lambda: bandpo.band(X, divergence="kll"), "did you mean 'kl'"),
+        (lambda: bandpo.band(X, divergence="ch2"), "did you mean 'chi2'"),
+        (lambda: bandpo.band(X, cap=0.5), "cap=0.5"),
+        (lambda: bandpo.band(torch.zeros(3, dtype=torch.long)), "old_logps is a torch.int64 tensor"),
+        (lambda: bandpo.band([-1.0]), "old_logps is list"),
+        (lambda: bandpo.in_band(X, X[0]), "old_logps has shape (3,)"),
+        (lambda: bandpo.Band(delta=0), "delta=0"),
+        (lambda: bandpo.Band(cap=math.inf), "cap=inf"),
+        (lambda: bandpo.Fixed(eps_low=1.5), "eps_low=1.5"),
+        (lambda: bandpo.Fixed(eps_high=-1), "eps_high=-1"),
+        (lambda: bandpo.Sides(high=bandpo.Band(), low=0.2), "low=0.2"),
+        (lambda: bandpo.get_clip("bnd"), "did you mean 'band'"),
+        (lambda: bandpo.get_clip("band", dleta=0.1), "did you mean 'delta'"),
+        (lambda: bandpo.get_clip("fixed", delta=0.1), "it takes eps_low, eps_high"),
+        (lambda: bandpo.get_clip(bandpo.Band(), delta=0.1), "made already"),
+        (lambda: bandpo.Divergence("mine", f=2.0), "f=2.0"),
+        (lambda: bandpo.policy_loss(X, X, X, aggregation="token_mean"), "did you mean 'token-mean'"),
+        (lambda: bandpo.policy_loss(X, X, X, clip="band"), "clip='band'"),
+        (lambda: bandpo.policy_loss(X, X, X, dual_clip=1.0), "dual_clip=1.0"),
+        (lambda: bandpo.policy_loss(X, X, X, X[0]), "mask has shape (3,)"),
+        (lambda: bandpo.policy_loss(X, X, X[:, :2]), "advantages has shape (2, 2)"),
+        (lambda: bandpo.policy_loss(X, X[:1], X), "old_logps has shape (1, 3)"),
+        (lambda: bandpo.policy_loss(X[0], X[0], X[0], aggregation="seq-mean-token-mean"), "needs (batch, token)"),
+        (lambda: bandpo.policy_loss(X, X, X, aggregation="none", normalizer=3.0), "normalizer=3.0"),
+        (lambda: bandpo.policy_loss(X, X, X, normalizer=0), "normalizer=0"),
+        (lambda: bandpo.policy_loss(X, X, X, X * 3, validate=True), "mask holds values other than 0 and 1"),
+        (lambda: bandpo.policy_loss(X, X, X * math.nan, validate=True), "advantages holds 6 values that are NaN"),
+        (lambda: bandpo.policy_loss(-X, X, X, validate=True), "logps holds values above 0"),
+    ],
+)
+def test_one_line_that_says_it(call, words):
+    with pytest.raises(bandpo.InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert words in message and "\n" not in message and isinstance(caught.value, ValueError)
+
+
+def test_misspelt_keywords_of_functions_are_python_errors():
+    with pytest.raises(TypeError, match="dleta"):
+        bandpo.band(X, dleta=0.1)
