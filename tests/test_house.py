@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "bandpo"
-ORDER = ["_checks", "move", "divergences", "solve", "bounds", "clips", "gate", "diagnostics", "aggregation", "loss"]
+ORDER = [
+    "_checks",
+    "move",
+    "divergences",
+    "family",
+    "solve",
+    "bounds",
+    "clips",
+    "gate",
+    "diagnostics",
+    "aggregation",
+    "loss",
+]
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

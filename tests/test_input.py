@@ -40,7 +40,10 @@ X = torch.full((2, 3), -1.0)
         (lambda: bandpo.policy_loss(X, X, X, X[0]), "mask has shape (3,)"),
         (lambda: bandpo.policy_loss(X, X, X[:, :2]), "advantages has shape (2, 2)"),
         (lambda: bandpo.policy_loss(X, X[:1], X), "old_logps has shape (1, 3)"),
-        (lambda: bandpo.policy_loss(X[0], X[0], X[0], aggregation="seq-mean-token-mean"), "needs (batch, token)"),
+        (
+            lambda: bandpo.policy_loss(X[0], X[0], X[0], aggregation="seq-mean-token-mean"),
+            "needs logps of shape (batch, token)",
+        ),
         (lambda: bandpo.policy_loss(X, X, X, aggregation="none", normalizer=3.0), "normalizer=3.0"),
         (lambda: bandpo.policy_loss(X, X, X, normalizer=0), "normalizer=0"),
         (lambda: bandpo.policy_loss(X, X, X, X * 3, validate=True), "mask holds values other than 0 and 1"),

@@ -149,6 +149,10 @@ def test_metrics_are_counts_by_bucket(name):
     clip = CLIPS[name]
     logps, old, advantages, mask = tokens()
     metrics = bandpo.policy_loss(logps, old, advantages, mask, clip=clip).metrics
+    far = bandpo.policy_loss(logps, old, advantages, mask, clip=clip, dual_clip=1e9).metrics
+    assert all(
+        torch.equal(far[key], value) for key, value in metrics.items()
+    )  # a dual clip out of reach changes nothing
     bounds, log_ratio = clip.bounds(old), logps - old
     above, below = log_ratio > bounds.log_high, log_ratio < bounds.log_low
     g = bandpo.binary_divergence(logps, old, clip.measure)

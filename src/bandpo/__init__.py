@@ -15,7 +15,7 @@ from bandpo.clips import Sides as Sides
 from bandpo.clips import get_clip as get_clip
 from bandpo.diagnostics import ClipStats as ClipStats
 from bandpo.divergences import Divergence as Divergence
-from bandpo.divergences import get_divergence as get_divergence
+from bandpo.family import get_divergence as get_divergence
 from bandpo.loss import LossOutput as LossOutput
 from bandpo.loss import clip_stats as clip_stats
 from bandpo.loss import policy_loss as policy_loss

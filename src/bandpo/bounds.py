@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bandpo import solve
 from bandpo._checks import check_number, check_tensor
-from bandpo.divergences import Divergence, get_divergence
+from bandpo.divergences import Divergence
+from bandpo.family import get_divergence
 from bandpo.move import Move, working_dtype
 
 Delta = float | Tensor | tuple[float | Tensor, float | Tensor]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bandpo._checks import InputError, check_keywords, check_number, check_tensor, nearest
 from bandpo.bounds import Bounds, Delta, band, check_cap, check_delta
-from bandpo.divergences import Divergence, get_divergence
+from bandpo.divergences import Divergence
+from bandpo.family import get_divergence
 from bandpo.move import Move, working_dtype
 
 
@@ -90,7 +91,7 @@ class Band(Region):
 
     def outside(self, move: Move, want_reached: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return 1 above, -1 below, 0 inside, and the divergence; solves nothing."""
-        reached = self.measure.of(move)
+        reached = self.measure.of(move, digits=False)
         del move.log_ratio, move.rise  # spent: four tensors are alive at most
         log_ratio = move.raw_log_ratio()  # only its side is used, and padding has no value that a side could change
         low, high = check_delta(self.delta)
@@ -133,7 +134,7 @@ class Fixed(Region):
     def outside(self, move: Move, want_reached: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return 1 above, -1 below, 0 inside, and the divergence if wanted."""
         out = above(move.rise, self.eps_high).sub_(above(-move.rise, self.eps_low))
-        return out, self.measure.of(move) if want_reached else None
+        return out, self.measure.of(move, digits=False) if want_reached else None
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class NoClip(Region):
 
     def outside(self, move: Move, want_reached: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return 0 for every token, and the divergence if wanted."""
-        return torch.zeros_like(move.rise), self.measure.of(move) if want_reached else None
+        return torch.zeros_like(move.rise), self.measure.of(move, digits=False) if want_reached else None
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def hard_gate(
     state, reached = clip.outside(move, want_reached)
     shut = torch.mul(state, value).lt_(0.0)  # outward: A > 0 above or A < 0 below
     if dual is not None:
-        state, shut = torch.maximum(state, dual), torch.maximum(shut, dual)
+        state, shut = state.add_(dual).clamp_(max=1.0), torch.maximum(shut, dual)
     if want_reached:
         state.addcmul_(state, shut)
     return Gated(value, shut.sub_(1.0).neg_().mul_(value), state, reached if want_reached else None)
