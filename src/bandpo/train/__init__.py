@@ -1,0 +1,1 @@
+"""What `bandpo train` runs: recipes, tasks, models, evaluation and the report (extra: bandpo[train])."""
