@@ -1,0 +1,82 @@
+"""What ``bandpo doctor`` finds out: versions, the device, and whether each engine's hook fits what is installed."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from bandpo._checks import InputError
+
+PACKAGES = ("bandpo", "torch", "trl", "transformers", "accelerate", "datasets", "peft", "reasoning-gym", "matplotlib")
+ENGINES = {"trl": "bandpo.engines.trl"}
+
+
+def examine() -> dict[str, Any]:
+    """Look at the installation; an engine that is not installed is not imported.
+
+    Returns:
+        ``python``, ``platform``, ``device`` (name, kind, count, threads), ``packages`` (version or None by name) and
+        ``engines``, a list of ``{"name", "version", "fits", "note"}`` in which ``fits`` is None where it is absent.
+    """
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _device(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "engines": [_engine(name, module) for name, module in ENGINES.items()],
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Return what `examine` found as lines for people.
+
+    Args:
+        found: its result.
+
+    Returns:
+        Lines without a trailing newline.
+    """
+    device = found["device"]
+    packages = {"Python": found["python"], **found["packages"]}
+    width = max(map(len, packages)) + 2
+    lines = [f"{name:<{width}}{number or 'not installed'}" for name, number in packages.items()]
+    lines += [f"{'platform':<{width}}{found['platform']}", f"{'device':<{width}}{device['kind']}: {device['name']}", ""]
+    for engine in found["engines"]:
+        verdict = {True: "the hook fits", False: "DOES NOT FIT", None: "not installed"}[engine["fits"]]
+        note = f": {engine['note']}" if engine["note"] else ""
+        lines.append(f"engine {engine['name']} {engine['version'] or ''}".rstrip() + f", {verdict}{note}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        kind, name, count = "cuda", torch.cuda.get_device_name(), torch.cuda.device_count()
+    elif torch.backends.mps.is_available():
+        kind, name, count = "mps", platform.processor() or platform.machine(), 1
+    else:
+        kind, name, count = "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads", 1
+    return {"kind": kind, "name": name, "count": count, "threads": torch.get_num_threads()}
+
+
+def _engine(name: str, module: str) -> dict[str, Any]:
+    """Import one engine if its framework is there and ask it whether its hook fits."""
+    installed = _version(name)
+    if installed is None:
+        note = 'pip install "bandpo[train]" to use it'
+        return {"name": name, "version": None, "fits": None, "note": note}
+    try:
+        importlib.import_module(module).check_seam()
+    except (InputError, ImportError) as error:
+        return {"name": name, "version": installed, "fits": False, "note": str(error)}
+    return {"name": name, "version": installed, "fits": True, "note": ""}
