@@ -176,8 +176,9 @@ def _check(
         hint = nearest(aggregation, AGGREGATIONS)
         raise InputError(f"aggregation={aggregation!r}: must be one of {allowed}, or a callable{hint}")
     if isinstance(aggregation, str) and aggregation.startswith("seq-") and logps.dim() < 2:
-        got = tuple(logps.shape)
-        raise InputError(f"aggregation={aggregation!r}: needs logps of shape (batch, token), not {got}; reshape")
+        raise InputError(
+            f"aggregation={aggregation!r}: needs logps of shape (batch, token), got {logps.dim()}-d; reshape"
+        )
     if normalizer is not None and (callable(aggregation) or aggregation == "none"):
         raise InputError(f"normalizer={normalizer!r}: has no use with aggregation={aggregation!r}; leave it out")
     if normalizer is not None and not isinstance(normalizer, Tensor):

@@ -28,6 +28,7 @@ A recipe is a YAML file; its keys are the fields of TRL's GRPOConfig, and
   eval_prompts, eval_samples, eval_every
                         held-out evaluation: prompts, completions of each, optimiser steps between two (0: only
                         before and after)
+  threads               CPU threads of PyTorch (0: its own choice)
   use_peft, lora_r, ... TRL's LoRA fields
 
 Every key can be given on the command line; it wins over the recipe. A GPU is taken where there is one, unless the

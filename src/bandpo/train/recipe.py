@@ -47,6 +47,7 @@ class RecipeKeys:
         eval_prompts: held-out prompts in an evaluation.
         eval_samples: completions for each of them.
         eval_every: optimiser steps between held-out evaluations; 0: only before and after.
+        threads: CPU threads of PyTorch; 0: its own choice.
     """
 
     task: str
@@ -55,6 +56,7 @@ class RecipeKeys:
     eval_prompts: int = 128
     eval_samples: int = 4
     eval_every: int = 0
+    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,7 @@ class _Parser:
         if name not in choices and not (name.startswith("no_") and name[3:] in choices):
             raise InputError(
                 f"{before}{key}: unknown key{nearest(name, choices)}; keys are the fields of TRL's GRPOConfig, its "
-                "LoRA fields, and clip, clip_args, task, task_args, model, eval_prompts, eval_samples, eval_every"
+                f"LoRA fields, and clip, clip_args, {', '.join(f.name for f in dataclasses.fields(RecipeKeys))}"
             )
 
     def _parse(self, words: list[str], before: str) -> dict[str, Any]:
@@ -386,7 +388,7 @@ def _check(recipe: Recipe) -> None:
         if not isinstance(recipe.values.get(key) or {}, dict):
             raise InputError(f"{key}={recipe.values[key]!r}: must be a mapping, as in --{key}.name value")
     keys = recipe.keys
-    for name, least in (("eval_prompts", 1), ("eval_samples", 1), ("eval_every", 0)):
+    for name, least in (("eval_prompts", 1), ("eval_samples", 1), ("eval_every", 0), ("threads", 0)):
         if getattr(keys, name) < least:
             raise InputError(f"{name}={getattr(keys, name)}: must be at least {least}")
     get_task(keys.task, **recipe.task_args)

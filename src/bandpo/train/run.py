@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
@@ -90,6 +91,8 @@ def run(
         NonFiniteError: the run met a NaN or an infinity; checkpoints already written are good.
     """
     shown = display if display and is_main_process() else Display()
+    if recipe.keys.threads:
+        torch.set_num_threads(recipe.keys.threads)
     folder = RunFolder(out)
     if is_main_process():
         check_folder(out, resume=resume)
