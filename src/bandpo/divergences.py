@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bandpo._checks import InputError
-from bandpo.move import LARGE, Move, expm1_
+from bandpo.move import LARGE, TINY, Move, expm1_
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def by_tail(tail: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., t
         # Below p = e^-87 (float32) the upper bound is a constant / p, so the rest of log p is added at the end, and
         # r_low is zero for any use: it saturates.
         floor = log_p.clamp(min=-87.0 if log_p.dtype == torch.float32 else -700.0)
-        p, rest = torch.exp(floor), expm1_(floor.clone()).neg_().clamp_(min=1e-38)
+        p, rest = torch.exp(floor), expm1_(floor.clone()).neg_().clamp_(min=TINY)
         low = tail(p, rest, delta_low).div_(p).neg_()
         moved = expm1_(tail(rest, p, delta_high).div_(rest).neg_()).neg_().mul_(rest)
         return low, moved.div_(p).log1p_().add_(floor).sub_(log_p)

@@ -90,6 +90,8 @@ def policy_loss(
     advantages = _check(logps, old_logps, advantages, mask, clip, dual_clip, aggregation, normalizer)
     if validate:
         _validate(logps, old_logps, advantages, mask)
+    if mask is not None and torch.compiler.is_compiling():
+        mask = mask.to(working_dtype(logps))  # once: Inductor's CPU code is slow at loading bools
     gated = hard_gate(logps, old_logps, advantages, mask, clip, dual_clip, want_reached=metrics)
     value, state, reached = gated.value, gated.state, gated.reached
     if exact_value:
