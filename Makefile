@@ -24,7 +24,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_core.py
-	$(BIN)/python benchmarks/bench_trl_step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_trl_step.py
 
 docs: $(READY)
 	$(BIN)/python -m mkdocs serve

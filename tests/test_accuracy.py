@@ -204,3 +204,25 @@ def test_cap_pair_and_broadcast():
     torch.testing.assert_close(pair.log_high, bandpo.band(log_p, 0.2).log_high)
     each = bandpo.band(log_p, torch.tensor([[0.01], [0.2]]))
     torch.testing.assert_close(each.log_high[1], pair.log_high[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_implied_delta_turns_bounds_back_into_radii(name):
+    log_p = torch.linspace(-6, -0.1, 50, dtype=torch.float64)
+    bounds = bandpo.band(log_p, (0.01, 0.02), name)
+    low, high = bandpo.implied_delta(bounds.log_low, bounds.log_high, log_p, name)
+    inside = bounds.log_high + log_p < -1e-6  # where the region ends within the simplex
+    torch.testing.assert_close(high[inside], torch.full_like(high, 0.02)[inside], rtol=1e-7, atol=0)
+    reached = bounds.log_low > -30
+    torch.testing.assert_close(low[reached], torch.full_like(low, 0.01)[reached], rtol=1e-7, atol=0)
+
+
+def test_implied_radii_of_the_fixed_clip():
+    """TV: p eps. chi2: p eps^2 / (1 - p)."""
+    log_p = torch.log(torch.tensor([0.05, 0.5], dtype=torch.float64))
+    fixed = bandpo.Fixed(0.2, 0.28).bounds(log_p)
+    p = log_p.exp()
+    for name, radius in (("tv", lambda e: p * e), ("chi2", lambda e: p * e**2 / (1 - p))):
+        low, high = bandpo.implied_delta(fixed.log_low, fixed.log_high, log_p, name)
+        torch.testing.assert_close(low, radius(0.2))
+        torch.testing.assert_close(high, radius(0.28))

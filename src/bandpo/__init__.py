@@ -6,6 +6,7 @@ from bandpo.bounds import Bounds as Bounds
 from bandpo.bounds import band as band
 from bandpo.bounds import band_eps as band_eps
 from bandpo.bounds import binary_divergence as binary_divergence
+from bandpo.bounds import implied_delta as implied_delta
 from bandpo.bounds import in_band as in_band
 from bandpo.clips import Band as Band
 from bandpo.clips import Fixed as Fixed
@@ -39,6 +40,7 @@ __all__ = [
     "clip_stats",
     "get_clip",
     "get_divergence",
+    "implied_delta",
     "in_band",
     "policy_loss",
 ]

@@ -124,6 +124,33 @@ def binary_divergence(logps: Tensor, old_logps: Tensor, divergence: str | Diverg
 
 
 @torch.no_grad()
+def implied_delta(
+    log_low: Tensor, log_high: Tensor, old_logps: Tensor, divergence: str | Divergence = "kl"
+) -> tuple[Tensor, Tensor]:
+    """Return which radius each of two given bounds equals, so that any clip can be read on the axis of a divergence.
+
+    delta_low = g_f(p, e^log_low) and delta_high = g_f(p, e^log_high); `band` with that pair gives the bounds back.
+
+    Args:
+        log_low: log of the least ratio, <= 0, any shape that broadcasts with `old_logps`.
+        log_high: log of the greatest ratio, >= 0, likewise; past -old_logps (outside the simplex) it counts as there.
+        old_logps: natural-log probabilities under the old policy, any shape.
+        divergence: a name or a `Divergence`.
+
+    Returns:
+        (delta_low, delta_high), tensors of the tokens' shape, nats for kl; inf where no radius reaches the bound.
+
+    Raises:
+        InputError: dtypes that do not fit, an unknown divergence.
+    """
+    for name, x in (("log_low", log_low), ("log_high", log_high), ("old_logps", old_logps)):
+        check_tensor(name, x)
+    chosen, old = get_divergence(divergence), old_logps.to(working_dtype(old_logps)).clamp(max=0.0)
+    low, high = (chosen.of(Move((old + x).clamp(max=0.0), old)) for x in (log_low, log_high))
+    return low, high
+
+
+@torch.no_grad()
 def in_band(logps: Tensor, old_logps: Tensor, delta: Delta = 0.05, divergence: str | Divergence = "kl") -> Tensor:
     """Return whether each token's ratio lies inside its band; evaluates the divergence, solves nothing.
 

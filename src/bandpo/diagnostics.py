@@ -43,18 +43,14 @@ class ClipStats:
         """
         rows = torch.cat([self.sums.sum(0, keepdim=True), self.sums])
         maxima = torch.cat([self.maxima.amax(0, keepdim=True), self.maxima])
-        shares = rows / rows[:, :1].clamp(min=1.0)
-        tokens = rows[:, 0] / rows[0, 0].clamp(min=1.0)
-        out = {}
-        for i, suffix in enumerate(("", *(f"/{name}" for name in BUCKETS))):
-            for j, field in enumerate(FIELDS[1:5], start=1):
-                out[f"{prefix}{field}{suffix}"] = shares[i, j]
-            out[f"{prefix}zero_grad{suffix}"] = shares[i, 3] + shares[i, 4]
-            out[f"{prefix}divergence_mean{suffix}"] = shares[i, 5]
-            out[f"{prefix}divergence_max{suffix}"] = maxima[i]
-            if suffix:
-                out[f"{prefix}share{suffix}"] = tokens[i]
-        return out
+        shares = rows[:, 1:] / rows[:, :1].clamp(min=1.0)
+        tokens = rows[:, :1] / rows[0, 0].clamp(min=1.0)
+        table = torch.cat([shares, shares[:, 2:4].sum(1, keepdim=True), maxima[:, None], tokens], dim=1)
+        names = (*FIELDS[1:5], "divergence_mean", "zero_grad", "divergence_max", "share")
+        keys = [f"{prefix}{name}{place}" for place in ("", *(f"/{bucket}" for bucket in BUCKETS)) for name in names]
+        metrics = dict(zip(keys, table.flatten().unbind(), strict=True))
+        del metrics[f"{prefix}share"]  # the share of all tokens among all tokens
+        return metrics
 
 
 @torch.no_grad()
