@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bandpo._checks import InputError
-from bandpo.move import LARGE, TINY, Move, expm1_
+from bandpo.move import LARGE, TINY, Move, expm1
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ def by_tail(tail: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., t
         # Below p = e^-87 (float32) the upper bound is a constant / p, so the rest of log p is added at the end, and
         # r_low is zero for any use: it saturates.
         floor = log_p.clamp(min=-87.0 if log_p.dtype == torch.float32 else -700.0)
-        p, rest = torch.exp(floor), expm1_(floor.clone()).neg_().clamp_(min=TINY)
+        p, rest = torch.exp(floor), expm1(floor).neg_().clamp_(min=TINY)
         low = tail(p, rest, delta_low).div_(p).neg_()
-        moved = expm1_(tail(rest, p, delta_high).div_(rest).neg_()).neg_().mul_(rest)
-        return low, moved.div_(p).log1p_().add_(floor).sub_(log_p)
+        w = tail(rest, p, delta_high).div_(rest).neg_()
+        minus_rise = expm1(w, out=w).mul_(rest).div_(p)
+        return low, minus_rise.neg_().log1p_().add_(floor).sub_(log_p)
 
     return bounds

@@ -28,10 +28,11 @@ class Move:
     def __init__(self, logps: Tensor, old_logps: Tensor, mask: Tensor | None = None) -> None:
         dtype = working_dtype(logps)
         self._inputs = logps.to(dtype), old_logps.to(dtype), mask
-        log_p, log_q = (keep(x, mask).clamp_(min=-LARGE) for x in (self._inputs[1], self._inputs[0]))
-        self.log_ratio = log_q.sub_(log_p).clamp_(max=80.0)  # e^80 is far past any use; products with it stay finite
+        log_p = keep(self._inputs[1], mask).clamp_(min=-LARGE)  # -inf - -inf would be NaN
+        # e^80 is far past any use, and products with it stay finite
+        self.log_ratio = keep(self._inputs[0], mask).sub_(log_p).clamp_(-LARGE, 80.0)
         del log_p
-        self.rise = expm1_(self.log_ratio.clone())
+        self.rise = expm1(self.log_ratio)
 
     def again(self) -> Move:
         """Return the same move with fresh scratch."""
@@ -45,9 +46,14 @@ class Move:
         """Return p."""
         return keep(*self._inputs[1:]).exp_()
 
+    def minus_rest(self) -> Tensor:
+        """Return -(1 - p), with all its digits near p = 1, at most -`TINY`."""
+        log_p = keep(*self._inputs[1:])
+        return expm1(log_p, out=log_p).clamp_(max=-TINY)
+
     def rest(self) -> Tensor:
         """Return 1 - p, with all its digits near p = 1, at least `TINY`."""
-        return expm1_(keep(*self._inputs[1:])).neg_().clamp_(min=TINY)
+        return self.minus_rest().neg_()
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -75,19 +81,20 @@ def keep(x: Tensor, mask: Tensor | None) -> Tensor:
     return mask.to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
 
 
-def expm1_(x: Tensor) -> Tensor:
-    """Return e^x - 1 with all its digits near 0, in place of `x`.
+def expm1(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return e^x - 1 with all its digits near 0.
 
     Under `torch.compile` by its series near 0, because Inductor's CPU code evaluates expm1 as exp(x) - 1.
 
     Args:
         x: float32 or float64 tensor.
+        out: where to put the result; `x` itself is allowed.
 
     Returns:
-        `x`, overwritten; a new tensor under `torch.compile`.
+        The result; a new tensor under `torch.compile`.
     """
     if not torch.compiler.is_compiling():
-        return x.expm1_()
+        return torch.expm1(x, out=out)
     series = torch.ones_like(x)
     for n in range(8 if x.dtype == torch.float32 else 15, 1, -1):
         series = 1 + x * (1.0 / n) * series
