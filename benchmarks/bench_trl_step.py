@@ -121,8 +121,8 @@ def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
