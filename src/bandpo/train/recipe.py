@@ -246,18 +246,20 @@ def resolve(recipe: RecipeFile, overrides: Sequence[str] = ()) -> Recipe:
     values = {**DEFAULTS, **values, **given}
     for key, inner in nested.items():
         values[key] = {**(values.get(key) or {}), **inner}
-    values.setdefault("bf16", _bf16(values))
+    for key, value in _by_device(values).items():
+        values.setdefault(key, value)
     resolved = Recipe(recipe.name, values, tuple(overrides))
     _check(resolved)
     return resolved
 
 
-def _bf16(values: dict[str, Any]) -> bool:
-    """TRL would take bfloat16 everywhere; take it only on a GPU that has it."""
+def _by_device(values: dict[str, Any]) -> dict[str, bool]:
+    """TRL would take bfloat16 and pinned memory everywhere; take them only where there is a GPU that has them."""
     import torch
 
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu", False)
-    return on_gpu and not values.get("fp16", False) and torch.cuda.is_bf16_supported()
+    bf16 = on_gpu and not values.get("fp16", False) and torch.cuda.is_bf16_supported()
+    return {"bf16": bf16, "dataloader_pin_memory": on_gpu}
 
 
 def _lora_fields() -> dict[str, dataclasses.Field[Any]]:
