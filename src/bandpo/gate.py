@@ -67,10 +67,11 @@ def hard_gate(
         dual = above(move.log_ratio, math.log(dual_clip)).mul_(above(-value, 0.0))
     value.addcmul_(value, move.rise).neg_()
     state, reached = clip.outside(move, want_reached)
-    open_ = torch.mul(state, value).ge_(0.0)  # shut when outward: A > 0 above or A < 0 below
+    shut = torch.mul(state, value).lt_(0.0)  # outward: A > 0 above or A < 0 below
     if dual is not None:
         state.add_(dual).clamp_(max=1.0)
-        open_.sub_(dual).clamp_(min=0.0)
+        torch.maximum(shut, dual, out=shut)
     if want_reached:
-        state.addcmul_(state, open_, value=-0.5).mul_(2.0)  # doubled where the gate is shut
-    return Gated(value, open_.mul_(value), state, reached if want_reached else None)
+        state.addcmul_(state, shut)
+    coefficient = torch.addcmul(value, value, shut, value=-1.0, out=shut)
+    return Gated(value, coefficient, state, reached if want_reached else None)
