@@ -127,9 +127,10 @@ class Fixed(Region):
     def bounds(self, old_logps: Tensor) -> Bounds:
         """Return the same interval for every token."""
         check_tensor("old_logps", old_logps)
-        like = torch.empty_like(old_logps, dtype=working_dtype(old_logps))
-        log_low = math.log1p(-self.eps_low) if self.eps_low < 1 else -torch.finfo(like.dtype).max
-        return Bounds(torch.full_like(like, log_low), torch.full_like(like, math.log1p(self.eps_high)))
+        dtype = working_dtype(old_logps)
+        log_low = math.log1p(-self.eps_low) if self.eps_low < 1 else -torch.finfo(dtype).max
+        ends = log_low, math.log1p(self.eps_high)
+        return Bounds(*(torch.full_like(old_logps, end, dtype=dtype) for end in ends))
 
     def outside(self, move: Move, want_reached: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return 1 above, -1 below, 0 inside, and the divergence if wanted."""
@@ -146,9 +147,9 @@ class NoClip(Region):
     def bounds(self, old_logps: Tensor) -> Bounds:
         """Return (0, largest float) as ratios."""
         check_tensor("old_logps", old_logps)
-        like = torch.empty_like(old_logps, dtype=working_dtype(old_logps))
-        largest = torch.finfo(like.dtype).max
-        return Bounds(torch.full_like(like, -largest), torch.full_like(like, math.log(largest)))
+        dtype = working_dtype(old_logps)
+        largest = torch.finfo(dtype).max
+        return Bounds(*(torch.full_like(old_logps, end, dtype=dtype) for end in (-largest, math.log(largest))))
 
     def outside(self, move: Move, want_reached: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return 0 for every token, and the divergence if wanted."""

@@ -24,7 +24,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "engines": [_engine(name, module) for name, module in ENGINES.items()],
     }
 
@@ -50,7 +50,15 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package.
+
+    Args:
+        package: its name on the index.
+
+    Returns:
+        The version; None when it is not installed.
+    """
     try:
         return version(package)
     except PackageNotFoundError:
@@ -71,7 +79,7 @@ def _device() -> dict[str, Any]:
 
 def _engine(name: str, module: str) -> dict[str, Any]:
     """Import one engine if its framework is there and ask it whether its hook fits."""
-    installed = _version(name)
+    installed = installed_version(name)
     if installed is None:
         note = 'pip install "bandpo[train]" to use it'
         return {"name": name, "version": None, "fits": None, "note": note}

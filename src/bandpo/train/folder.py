@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import yaml
 
 from bandpo._checks import InputError
+from bandpo.doctor import installed_version
 
 PACKAGES = ("bandpo", "torch", "trl", "transformers", "accelerate", "datasets", "peft")
 
@@ -203,13 +203,8 @@ def _existing(path: Path) -> Path:
 
 def versions() -> dict[str, str]:
     """The versions that a run depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    packages = {name: found for name in PACKAGES if (found := installed_version(name))}
+    return {"python": platform.python_version(), **packages}
 
 
 def commit() -> str | None:

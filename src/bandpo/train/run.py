@@ -160,9 +160,10 @@ def _train(job: Job) -> None:
     if info.get("status") == "done":
         job.display.note(f"{job.folder.path}: the run is done already; only the report is made again")
         return
+    installed = versions()
     for package, before in info.get("versions", {}).items():
-        if versions().get(package, before) != before:
-            now = versions()[package]
+        now = installed.get(package, before)
+        if now != before:
             job.display.note(f"{package} was {before} and is {now}: the run may not go on exactly as it would have")
     trained = _from_main(job.folder.model.is_dir())
     args = job.recipe.config(job.folder.checkpoints)
