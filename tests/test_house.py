@@ -12,6 +12,7 @@ SOURCE = ROOT / "src" / "bandpo"
 ORDER = [
     "_checks",
     "move",
+    "shape",
     "divergences",
     "family",
     "solve",

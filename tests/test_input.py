@@ -1,6 +1,7 @@
 """Bad input to the core: one line that names the argument, the value, what is allowed and the way out."""
 
 import math
+import textwrap
 
 import pytest
 import torch
@@ -34,6 +35,19 @@ X = torch.full((2, 3), -1.0)
         (lambda: bandpo.get_clip("fixed", delta=0.1), "it takes eps_low, eps_high"),
         (lambda: bandpo.get_clip(bandpo.Band(), delta=0.1), "made already"),
         (lambda: bandpo.Divergence("mine", f=2.0), "f=2.0"),
+        (lambda: bandpo.Divergence("mine", f=lambda u: torch.log(u)), "not convex at u ="),
+        (lambda: bandpo.Divergence("mine", f=lambda u: u), "f(1) = 1: must be 0"),
+        (
+            lambda: bandpo.Divergence("mine", f=lambda u: (u - 1) ** 2 * torch.log(2 - u).abs()),
+            "is nan: must be finite",
+        ),
+        (lambda: bandpo.Divergence("mine", f=lambda u: u.sum() - len(u)), "must be elementwise"),
+        (lambda: bandpo.Divergence("mine", f=lambda u: math.log(u)), "f must be made of torch operations"),
+        (
+            lambda: bandpo.band(X, torch.tensor([0.1, -0.1, math.nan]), validate=True),
+            "delta holds 2 values such as -0.1",
+        ),
+        (lambda: bandpo.band(-X, validate=True), "old_logps holds NaN or values above 0"),
         (lambda: bandpo.policy_loss(X, X, X, aggregation="token_mean"), "did you mean 'token-mean'"),
         (lambda: bandpo.policy_loss(X, X, X, clip="band"), "clip='band'"),
         (lambda: bandpo.policy_loss(X, X, X, dual_clip=1.0), "dual_clip=1.0"),
@@ -56,6 +70,14 @@ def test_one_line_that_says_it(call, words):
         call()
     message = str(caught.value)
     assert words in message and "\n" not in message and isinstance(caught.value, ValueError)
+
+
+def test_a_foreign_divergence_is_shown_its_wrapper():
+    with pytest.raises(bandpo.InputError, match="a function is no bandpo.Divergence") as caught:
+        bandpo.band(X, divergence=lambda u: (u - 1) ** 2)
+    names = {"bandpo": bandpo}
+    exec(textwrap.dedent("\n".join(str(caught.value).splitlines()[1:]).replace("...", "(u - 1) ** 2")), names)
+    assert torch.allclose(bandpo.band(X, 0.1, names["divergence"]).log_low, bandpo.band(X, 0.1, "chi2").log_low)
 
 
 def test_misspelt_keywords_of_functions_are_python_errors():

@@ -46,7 +46,8 @@ def check_number(name: str, value: object, low: float, high: float = math.inf, *
         InputError: not a number, NaN, infinite or out of the range.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and low <= value <= high and not (open_low and value == low):  # type: ignore[operator,arg-type]
+    finite = number and -math.inf < value < math.inf  # type: ignore[operator]  # isfinite would break a compiled graph
+    if finite and low <= value <= high and not (open_low and value == low):  # type: ignore[operator]
         return float(value)  # type: ignore[arg-type]
     above = f"greater than {low:g}" if open_low else f"of at least {low:g}"
     below = "" if high == math.inf else f" and at most {high:g}"

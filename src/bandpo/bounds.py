@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bandpo import solve
-from bandpo._checks import check_number, check_tensor
+from bandpo._checks import InputError, check_number, check_tensor
 from bandpo.divergences import Divergence
 from bandpo.family import get_divergence
 from bandpo.move import Move, working_dtype
@@ -42,7 +42,12 @@ class Bounds:
 
 @torch.no_grad()
 def band(
-    old_logps: Tensor, delta: Delta = 0.05, divergence: str | Divergence = "kl", cap: float | None = None
+    old_logps: Tensor,
+    delta: Delta = 0.05,
+    divergence: str | Divergence = "kl",
+    cap: float | None = None,
+    *,
+    validate: bool = False,
 ) -> Bounds:
     """Return, for each token, the interval of ratios whose divergence is at most delta.
 
@@ -52,20 +57,25 @@ def band(
         old_logps: natural-log probabilities of the taken actions under the old policy, any shape; half types are
             computed in float32. NaN and positive values (padding) count as 0.
         delta: divergence radius (nats for kl): a float, a tensor that broadcasts, or a pair (delta_low, delta_high).
+            Where a divergence cannot reach it, the bounds are the simplex's ends, 0 and 1/p.
         divergence: a name or a `Divergence`.
         cap: greatest ratio allowed, >= 1, or None.
+        validate: check the values of tensors too, at the price of a host synchronisation.
 
     Returns:
         `Bounds`, detached, finite in log space, low <= 1 <= high.
 
     Raises:
-        InputError: a dtype that is not floating, delta <= 0 or not finite, cap < 1, an unknown divergence.
+        InputError: a dtype that is not floating, delta <= 0 or not finite, cap < 1, an unknown divergence; with
+            `validate`, a tensor of radii that holds such a value, or old_logps that hold NaN or values above 0.
 
     Source: arXiv 2603.04918, section 3 (the operator), 1901.10314 (the same bounds for kl).
     """
     divergence = get_divergence(divergence)
     check_tensor("old_logps", old_logps)
     cap = check_cap(cap)
+    if validate:
+        _validate(old_logps, delta)
     log_p = old_logps.to(working_dtype(old_logps))
     largest = torch.finfo(log_p.dtype).max
     log_p = log_p.nan_to_num(nan=0.0, neginf=-largest).clamp_(max=0.0)
@@ -178,6 +188,20 @@ def check_delta(delta: Delta) -> tuple[float | Tensor, float | Tensor]:
         if not isinstance(side, Tensor):
             check_number("delta", side, 0.0, open_low=True)
     return low, high  # type: ignore[return-value]
+
+
+def _validate(old_logps: Tensor, delta: Delta) -> None:
+    for side in check_delta(delta):
+        if isinstance(side, Tensor) and not bool((torch.isfinite(side) & (side > 0)).all()):
+            bad = side[~(torch.isfinite(side) & (side > 0))]
+            raise InputError(
+                f"delta holds {bad.numel()} values such as {float(bad[0]):g}: each must be finite and greater than 0; "
+                "mend them, or mask those tokens and give any positive radius there"
+            )
+    if not bool((old_logps <= 0).all()):
+        raise InputError(
+            "old_logps holds NaN or values above 0: must be logarithms of probabilities; set padding to 0 first"
+        )
 
 
 def check_cap(cap: object) -> float | None:

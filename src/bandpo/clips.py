@@ -18,7 +18,7 @@ from bandpo._checks import InputError, check_keywords, check_number, check_tenso
 from bandpo.bounds import Bounds, Delta, band, check_cap, check_delta
 from bandpo.divergences import Divergence
 from bandpo.family import get_divergence
-from bandpo.move import Move, working_dtype
+from bandpo.move import Move, above, working_dtype
 
 
 class Region:
@@ -193,11 +193,6 @@ class Sides(Region):
         below, _ = self.low.outside(move.again())
         out, reached = self.high.outside(move, want_reached)
         return out.clamp_(min=0.0).add_(below.clamp_(max=0.0)), reached
-
-
-def above(x: Tensor, limit: float | Tensor) -> Tensor:
-    """Return 1.0 where x > limit, else 0.0: in the dtype of `x`, eight times as fast on a CPU as a bool tensor."""
-    return torch.gt(x, limit, out=torch.empty_like(x))
 
 
 def _above_by_side(reached: Tensor, log_ratio: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:

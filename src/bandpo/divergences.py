@@ -8,6 +8,7 @@ region becomes one scalar condition on the ratio r (arXiv 2603.04918):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from bandpo._checks import InputError
 from bandpo.move import LARGE, TINY, Move, expm1
+from bandpo.shape import SMALLEST, Shape, read_shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Divergence:
     """An f-divergence D_f = E_{a ~ old}[f(new(a) / old(a))].
 
@@ -26,16 +28,19 @@ class Divergence:
 
     Args:
         name: what logs and messages call it.
-        f: convex torch function of the ratio u with f(1) = 0, elementwise.
+        f: convex torch function of the ratio u with f(1) = 0, elementwise, finite for 0 < u < inf. The limit f(0) may
+            be infinite.
         term: f as a function of (log u, u - 1), which lie apart where u rounds to 1 or to 0.
         series: Taylor coefficients of f at u = 1, from the square up, used by `of` where |u - 1| < `radius`.
         radius: see `series`.
         fast: g_f as a function of a `Move` for the loss, where only the comparison with delta counts.
         bounds: `(log_p, delta_low, delta_high) -> (log_low, log_high)`, the roots of g_f = delta as log-ratios;
-            found by bracketing when None.
+            found by `solve` when None.
+        shape: what the solver must know of f; read off f, with a check of f, when left out.
 
     Raises:
-        InputError: `f` is not callable or the name is not a string.
+        InputError: the name is not a string, or `f` is no function that can be a divergence: not elementwise, not
+            convex, f(1) not 0, NaN.
 
     Source: arXiv 2603.04918, section 3; Csiszar (1967) for the family.
     """
@@ -47,12 +52,18 @@ class Divergence:
     radius: float = 0.1
     fast: Callable[[Move], Tensor] | None = None
     bounds: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    shape: Shape = Shape(math.nan)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not callable(self.f):
             raise InputError(
                 f"Divergence(name={self.name!r}, f={self.f!r}): name must be a string and f a torch function"
             )
+        if math.isnan(self.shape.at_zero):
+            object.__setattr__(self, "shape", read_shape(self.name, self.f))
+
+    def __repr__(self) -> str:
+        return f"Divergence({self.name!r})"
 
     def value(self, log_u: Tensor, rise: Tensor, digits: bool = True) -> Tensor:
         """Return f(u), with its digits near u = 1 if `digits`.
@@ -65,13 +76,26 @@ class Divergence:
         Returns:
             Tensor of the same shape, >= 0.
         """
-        direct = self.f(1 + rise) if self.term is None else self.term(log_u, rise)
+        direct = self.plain(torch.exp(log_u), rise) if self.term is None else self.term(log_u, rise)
         if not digits or not self.series:
             return direct
         taylor = torch.full_like(rise, self.series[-1])
         for coefficient in self.series[-2::-1]:
             taylor = taylor.mul_(rise).add_(coefficient)
         return torch.where(rise.abs() < self.radius, taylor * rise * rise, direct)
+
+    def plain(self, u: Tensor, rise: Tensor) -> Tensor:
+        """Return f(u) less its tangent at u = 1, for an f that has no `term`.
+
+        Args:
+            u: the ratio, >= 0, any shape.
+            rise: u - 1, same shape.
+
+        Returns:
+            Tensor of the same shape, >= 0.
+        """
+        value = self.f(u.clamp(min=SMALLEST if u.dtype == torch.float64 else TINY))
+        return torch.sub(value, rise, alpha=self.shape.slope) if self.shape.slope else value
 
     def of(self, move: Move, digits: bool = True) -> Tensor:
         """Return g_f per token in nats (for kl); it may overwrite the scratch tensors of `move`.
@@ -93,7 +117,9 @@ class Divergence:
         return self.value(move.log_ratio, move.rise, digits).mul_(move.p()).add_(other)
 
 
-def by_tail(tail: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+def by_tail(
+    tail: Callable[[Tensor, Tensor, Tensor], Tensor], growth: float = 1.0
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the `bounds` of a divergence whose one-sided problem has a solution of its own.
 
     One side of the band is: an outcome of probability A shrinks by the factor e^-w and the other, of probability
@@ -102,19 +128,20 @@ def by_tail(tail: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., t
 
     Args:
         tail: `(A, B, delta) -> A w`, which stays finite as A -> 0; inf where the region reaches the simplex's end.
+        growth: the power with which f grows: for tiny p the upper bound goes as p^(-1/growth).
 
     Returns:
         `(log_p, delta_low, delta_high) -> (log_low, log_high)`.
     """
 
     def bounds(log_p: Tensor, delta_low: Tensor, delta_high: Tensor) -> tuple[Tensor, Tensor]:
-        # Below p = e^-87 (float32) the upper bound is a constant / p, so the rest of log p is added at the end, and
-        # r_low is zero for any use: it saturates.
+        # Below p = e^-87 (float32) or e^-700 the upper bound is a power law, so the rest of log p is added at the end,
+        # and r_low is zero for any use: it saturates.
         floor = log_p.clamp(min=-87.0 if log_p.dtype == torch.float32 else -700.0)
         p, rest = torch.exp(floor), expm1(floor).neg_().clamp_(min=TINY)
         low = tail(p, rest, delta_low).div_(p).neg_()
         w = tail(rest, p, delta_high).div_(rest).neg_()
         minus_rise = expm1(w, out=w).mul_(rest).div_(p)
-        return low, minus_rise.neg_().log1p_().add_(floor).sub_(log_p)
+        return low, minus_rise.neg_().log1p_().add_((floor - log_p).div_(growth))
 
     return bounds

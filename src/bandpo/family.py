@@ -11,6 +11,7 @@ from torch import Tensor
 from bandpo._checks import InputError, check_number, nearest
 from bandpo.divergences import Divergence, by_tail
 from bandpo.move import LARGE, Move, expm1
+from bandpo.shape import Shape
 
 
 def _kl_fast(move: Move) -> Tensor:
@@ -108,15 +109,17 @@ def alpha_divergence(a: float, name: str = "", **closed: Any) -> Divergence:
             return rise - log_u
         if a < 0.5:
             return (torch.expm1(a * log_u) / a - rise) / (a - 1)
-        # u^a - u = u (u^(a-1) - 1); where that power passes e^80, u itself has long been 0
-        power = log_u if a == 1 else torch.expm1(((a - 1) * log_u).clamp(max=80.0)) / (a - 1)
+        # u^a - u = u (u^(a-1) - 1); where that power overflows, u itself has long been 0
+        largest = 80.0 if rise.dtype == torch.float32 else 600.0
+        power = log_u if a == 1 else torch.expm1(((a - 1) * log_u).clamp(max=largest)) / (a - 1)
         return ((1 + rise) * power - rise) / a
 
     def f(u: Tensor) -> Tensor:
         return term(torch.log(u), u - 1)
 
     radius = 0.1 / max(1.0, abs(a))
-    return Divergence(name or f"alpha:{a:g}", f, term, tuple(series), radius, **closed)
+    shape = Shape(1 / a, 1.0, min(a, 1.0), max(a, 1.0)) if a > 0 else Shape(math.inf, 1.0, max(-a, 1e-9))
+    return Divergence(name or f"alpha:{a:g}", f, term, tuple(series), radius, shape=shape, **closed)
 
 
 def _neyman_term(log_u: Tensor, rise: Tensor) -> Tensor:
@@ -162,13 +165,21 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
         The `Divergence`.
 
     Raises:
-        InputError: no divergence has that name; the nearest one is named.
+        InputError: no divergence has that name (the nearest one is named), or it is some other object.
     """
     if isinstance(divergence, Divergence):
         return divergence
+    if not isinstance(divergence, str):
+        raise InputError(
+            f"divergence={divergence!r}: a {type(divergence).__name__} is no bandpo.Divergence; wrap its f, a function "
+            "of u = new / old that is convex, 0 at u = 1 and made of torch operations:\n"
+            "    def f(u):\n"
+            "        return ...\n"
+            "    divergence = bandpo.Divergence(name='mine', f=f)"
+        )
     if divergence in FAMILY:
         return FAMILY[divergence]
-    if isinstance(divergence, str) and divergence.startswith("alpha:"):
+    if divergence.startswith("alpha:"):
         try:
             return alpha_divergence(float(divergence.removeprefix("alpha:")))
         except ValueError:
