@@ -38,7 +38,7 @@ def _tail(name, a, b, delta):
     """Root w of a f(e^-w) + b f(1 + a/b (1 - e^-w)) = delta, by bisection in log w."""
     if name in AT_ZERO and a * AT_ZERO[name] + b * F[name](1 / b) <= delta:
         return mp.inf
-    low, high = 0.6 * mp.log(min(a, b)) - 40, mp.log(4 * delta / a + 1000)
+    low, high = mp.log(min(a, b)) - 40, mp.log(4 * delta / a + 1000)
     for _ in range(int(mp.log(high - low, 2)) + 56):  # leaves 1e-17 of the root
         middle = (low + high) / 2
         w = mp.exp(middle)

@@ -186,6 +186,14 @@ def test_no_metrics_no_work():
     assert bandpo.policy_loss(logps, old, advantages, mask, metrics=False).metrics == {}
 
 
+def test_half_types_round_neither_counts_nor_edges():
+    ones = torch.ones(1, 3000)
+    old = torch.full_like(ones, -2.296875)  # p = .10057, which a bfloat16 log(.1) would put below .1
+    out = bandpo.policy_loss(old.bfloat16(), old.bfloat16(), ones, ones.bfloat16())
+    assert out.metrics["share/p0.1-0.5"] == 1
+    torch.testing.assert_close(out.loss, torch.tensor(-1.0))
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, three of them
 @pytest.mark.parametrize("name", ["kl", "tv", "chi2"])

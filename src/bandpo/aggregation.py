@@ -28,6 +28,8 @@ def aggregate(
     Returns:
         A scalar; `per_token` itself for "none".
     """
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(per_token.dtype)  # a half type counts no further than 256 or 2048
     if callable(aggregation):
         return aggregation(per_token, torch.ones_like(per_token) if mask is None else mask)
     if aggregation == "none":

@@ -67,6 +67,7 @@ def count(state: Tensor, reached: Tensor, old_logps: Tensor, mask: Tensor | None
         `ClipStats`.
     """
     code, scratch = state.add_(STATES // 2 + 1), torch.empty_like(state)
+    old_logps = old_logps.to(reached.dtype)  # a half type would round the edges
     for edge in EDGES:  # code = 1 + STATES * bucket + (state + 2)
         code.add_(torch.gt(old_logps, math.log(edge), out=scratch), alpha=STATES)
     if mask is not None:

@@ -137,7 +137,7 @@ def by_tail(
     def bounds(log_p: Tensor, delta_low: Tensor, delta_high: Tensor) -> tuple[Tensor, Tensor]:
         # Below p = e^-87 (float32) or e^-700 the upper bound is a power law, so the rest of log p is added at the end,
         # and r_low is zero for any use: it saturates.
-        floor = log_p.clamp(min=-87.0 if log_p.dtype == torch.float32 else -700.0)
+        floor = log_p.clamp(min=(-87.0 if log_p.dtype == torch.float32 else -700.0) / growth)
         p, rest = torch.exp(floor), expm1(floor).neg_().clamp_(min=TINY)
         low = tail(p, rest, delta_low).div_(p).neg_()
         w = tail(rest, p, delta_high).div_(rest).neg_()

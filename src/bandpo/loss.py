@@ -13,6 +13,7 @@ from bandpo.aggregation import AGGREGATIONS, Aggregation, aggregate
 from bandpo.clips import Band, Region
 from bandpo.diagnostics import ClipStats, count
 from bandpo.gate import hard_gate
+from bandpo.kernels import choose, fused_loss
 from bandpo.move import keep, working_dtype
 
 
@@ -90,6 +91,10 @@ def policy_loss(
     advantages = _check(logps, old_logps, advantages, mask, clip, dual_clip, aggregation, normalizer)
     if validate:
         _validate(logps, old_logps, advantages, mask)
+    rule = choose(logps, old_logps, advantages, mask, clip, dual_clip, exact_value)
+    if rule is not None:
+        loss, stats = fused_loss(rule, logps, old_logps, advantages, mask, aggregation, normalizer, metrics)
+        return LossOutput(loss, {} if stats is None else stats.metrics())
     if mask is not None and torch.compiler.is_compiling():
         mask = mask.to(working_dtype(logps))  # once: Inductor's CPU code is slow at loading bools
     gated = hard_gate(logps, old_logps, advantages, mask, clip, dual_clip, want_reached=metrics)
@@ -133,6 +138,11 @@ def clip_stats(
     """
     clip = Band() if clip is None else clip
     advantages = _check(logps, old_logps, advantages, mask, clip, dual_clip, "none", None)
+    rule = choose(logps, old_logps, advantages, mask, clip, dual_clip)
+    if rule is not None:
+        stats = fused_loss(rule, logps, old_logps, advantages, mask, "sum", None, True)[1]
+        assert stats is not None
+        return stats
     gated = hard_gate(logps, old_logps, advantages, mask, clip, dual_clip)
     assert gated.reached is not None
     return count(gated.state, gated.reached, old_logps, mask)
