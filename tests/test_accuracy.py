@@ -154,7 +154,7 @@ def test_any_f_is_solved_as_far_as_it_has_digits(name, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_safe_on_many_tokens_and_on_garbage(name, dtype):
     torch.manual_seed(0)
-    many = 500_000
+    many = 100_000 if bandpo.get_divergence(name).bounds is None else 500_000
     x = -torch.exp(torch.empty(many).uniform_(math.log(1e-7), math.log(1e4)))
     garbage = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 5.0, -1e30])
     x = torch.cat([x, garbage]).to(dtype)

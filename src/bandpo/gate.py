@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bandpo.clips import Region, above
-from bandpo.move import Move, keep
+from bandpo.clips import Region
+from bandpo.move import Move, above, keep
 
 
 class Gated(NamedTuple):
