@@ -25,7 +25,7 @@ def test_bounds_have_the_digits_promised(name, dtype):
     for delta in DELTAS:
         bounds = bandpo.band(log_p, delta, name)
         assert bounds.log_low.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        allowed = 1e-9 if dtype == torch.float64 else 5e-6 if delta >= 1e-4 else 1e-4
+        allowed = 1e-9 if dtype == torch.float64 else 5e-6
         for i, rounded in enumerate(log_p.tolist()):
             exact = exact_bounds(name, rounded, delta)
             for got, want in zip((bounds.log_low[i].item(), bounds.log_high[i].item()), exact, strict=True):

@@ -17,12 +17,16 @@ ORDER = [
     "family",
     "solve",
     "bounds",
+    "certificate",
     "clips",
+    "radii",
     "gate",
     "diagnostics",
+    "whole",
     "aggregation",
     "kernels",
     "loss",
+    "testing",
 ]
 CORE = {name: next(p for p in (SOURCE / f"{name}.py", SOURCE / name / "__init__.py") if p.exists()) for name in ORDER}
 FILES = sorted(SOURCE.rglob("*.py"))

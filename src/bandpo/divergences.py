@@ -33,7 +33,7 @@ class Divergence:
         term: f as a function of (log u, u - 1), which lie apart where u rounds to 1 or to 0.
         series: Taylor coefficients of f at u = 1, from the square up, used by `of` where |u - 1| < `radius`.
         radius: see `series`.
-        fast: g_f as a function of a `Move` for the loss, where only the comparison with delta counts.
+        binary: g_f as a function of a `Move` for the loss, where only the comparison with delta counts.
         bounds: `(log_p, delta_low, delta_high) -> (log_low, log_high)`, the roots of g_f = delta as log-ratios;
             found by `solve` when None.
         shape: what the solver must know of f; read off f, with a check of f, when left out.
@@ -50,7 +50,7 @@ class Divergence:
     term: Callable[[Tensor, Tensor], Tensor] | None = None
     series: tuple[float, ...] = ()
     radius: float = 0.1
-    fast: Callable[[Move], Tensor] | None = None
+    binary: Callable[[Move], Tensor] | None = None
     bounds: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     shape: Shape = Shape(math.nan)
 
@@ -109,8 +109,8 @@ class Divergence:
         Returns:
             Tensor of the tokens' shape; inf where q >= 1 and the divergence has no finite value there.
         """
-        if self.fast is not None and not digits:
-            return self.fast(move)
+        if self.binary is not None and not digits:
+            return self.binary(move)
         rest = move.rest()
         x = (move.p() * move.rise).div_(rest).clamp_(-LARGE, 1.0)
         other = self.value(torch.log1p(-x).clamp_(min=-LARGE), x.neg_(), digits).mul_(rest)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from bandpo._checks import InputError, check_number, nearest
 from bandpo.divergences import Divergence, by_tail
-from bandpo.move import LARGE, Move, expm1
+from bandpo.move import LARGE, Move, above, expm1
 from bandpo.shape import Shape
 
+SMALL_DELTA = 4e-3  # see `_kl_tail`
 
-def _kl_fast(move: Move) -> Tensor:
+
+def _kl_binary(move: Move) -> Tensor:
     # -p log r - (1-p) log((1-q)/(1-p)), where (1-q)/(1-p) = 1 - p (r-1) / (1-p)
     p = move.p()
     x, weighted = move.rise.mul_(p), move.log_ratio.mul_(p)
@@ -24,11 +26,11 @@ def _kl_fast(move: Move) -> Tensor:
     return x.log1p_().mul_(minus_rest).sub_(weighted)
 
 
-def _tv_fast(move: Move) -> Tensor:
+def _tv_binary(move: Move) -> Tensor:
     return move.rise.mul_(move.p()).abs_()
 
 
-def _chi2_fast(move: Move) -> Tensor:
+def _chi2_binary(move: Move) -> Tensor:
     return move.rise.mul_(move.rise).mul_(move.p()).div_(move.rest())
 
 
@@ -37,11 +39,17 @@ def _kl_tail(shrink: Tensor, grow: Tensor, delta: Tensor) -> Tensor:
 
     w is how far the outcome of probability A falls in log-probability while the other takes up its mass. In v every
     quantity stays finite as A -> 0. The start is the root's expansion to second order in sqrt(delta); Newton on this
-    convex function then doubles the digits: 2 steps give 7e-8, 3 give 1e-13, for every p and delta. The code keeps
-    u = v - delta, and -m, -1/A and -B in place of m = 1 - e^-w, 1/A and B, to save operations.
+    convex function then doubles the digits: 2 steps give 7e-8, 3 give 1e-13, for every p and delta. Where delta is
+    far below AB, and so w small, float32 leaves Newton eps / w, and the expansion to third order has more digits. The
+    code keeps u = v - delta, and -m, -1/A and -B in place of m = 1 - e^-w, 1/A and B, to save operations.
     """
-    minus_inverse, minus_grow = shrink.reciprocal().neg_(), -grow
-    u = (2 * delta * shrink * grow).sqrt_().add_((shrink - 2).mul_(delta / 3))
+    minus_inverse, minus_grow, spread = shrink.reciprocal().neg_(), -grow, shrink * grow
+    first = (2 * delta * spread).sqrt_()
+    u = torch.addcmul(first, shrink - 2, delta / 3)
+    if shrink.dtype == torch.float32:
+        near = torch.addcmul(u, first, ((spread + 1e-20).reciprocal_() - 1).mul_(delta / 18))
+        small = above(spread.mul_(SMALL_DELTA), delta)
+    del first, spread
     for _ in range(2 if shrink.dtype == torch.float32 else 3):
         minus_m = torch.add(u, delta).mul_(minus_inverse)
         minus_m = expm1(minus_m, out=minus_m)
@@ -49,6 +57,8 @@ def _kl_tail(shrink: Tensor, grow: Tensor, delta: Tensor) -> Tensor:
         slope = torch.add(x, minus_grow).div_(minus_m)  # dv = (q / m) dF, with q = B + A m
         excess = torch.addcmul(u, x.div_(minus_grow).log1p_(), minus_grow)
         u.addcmul_(excess, slope, value=-1.0)
+    if shrink.dtype == torch.float32:
+        u.addcmul_(near.sub_(u), small)
     return u.add_(delta)
 
 
@@ -139,9 +149,10 @@ _JS_SERIES = tuple((-1) ** n * (1 - 2.0 ** (1 - n)) / (n * (n - 1)) for n in ran
 FAMILY: dict[str, Divergence] = {
     d.name: d
     for d in (
-        alpha_divergence(0, "kl", fast=_kl_fast, bounds=by_tail(_kl_tail)),  # KL(old || new)
-        Divergence("tv", lambda u: (u - 1).abs() / 2, lambda _, t: t.abs() / 2, fast=_tv_fast, bounds=_tv_bounds),
-        Divergence("chi2", lambda u: (u - 1) ** 2, lambda _, t: t * t, fast=_chi2_fast, bounds=_chi2_bounds),  # Pearson
+        alpha_divergence(0, "kl", binary=_kl_binary, bounds=by_tail(_kl_tail)),  # KL(old || new)
+        Divergence("tv", lambda u: (u - 1).abs() / 2, lambda _, t: t.abs() / 2, binary=_tv_binary, bounds=_tv_bounds),
+        # Pearson
+        Divergence("chi2", lambda u: (u - 1) ** 2, lambda _, t: t * t, binary=_chi2_binary, bounds=_chi2_bounds),
         alpha_divergence(1, "reverse_kl"),  # KL(new || old)
         Divergence("neyman", lambda u: (u - 1) ** 2 / u, _neyman_term, bounds=by_tail(_neyman_tail)),
         Divergence(

@@ -36,8 +36,10 @@ def log_bounds(divergence: Divergence, log_p: Tensor, delta_low: Tensor, delta_h
         return divergence.bounds(log_p, delta_low, delta_high)
     # f itself loses digits near 1, and float32 has none to spare; Apple's GPUs have nothing wider
     wide = log_p.dtype if log_p.device.type == "mps" else torch.float64
-    # After so many evaluations of g_f the error is .1, .02, 5e-4, 2e-6, 2e-10: somewhat later where f is steep
-    steps = (4 if log_p.dtype == torch.float32 else 6) + (3 if divergence.shape.growth > 2 else 0)
+    # After so many evaluations of g_f the error is .1, .02, 5e-4, 2e-6, 2e-10: somewhat later where f grows steeply or
+    # falls like a logarithm
+    shape, least = divergence.shape, 4 if log_p.dtype == torch.float32 else 6
+    steps = least + (3 if shape.growth > 2 else 2 if shape.fall < 0.01 else 0)
 
     def tail(shrink: Tensor, grow: Tensor, delta: Tensor) -> Tensor:
         return _Side(divergence, shrink, grow, delta).fall(steps).mul_(shrink)
