@@ -125,17 +125,19 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor", "--json")
     found = json.loads(out)
     assert code == 0 and found["packages"]["torch"] and found["device"]["kind"] in ("cpu", "cuda", "mps")
-    assert [(e["name"], e["fits"], e["note"]) for e in found["engines"]] == [("trl", True, "")]
+    fits = {e["name"]: (e["fits"], e["note"]) for e in found["engines"]}
+    assert list(fits) == list(doctor.ENGINES) and fits["trl"] == fits["torchrl"] == fits["ray"] == (True, "")
+    assert fits["slime"] == (None, "see docs/engines.md")
     assert "engine trl" in doctor.as_text(found) and "the hook fits" in doctor.as_text(found)
 
 
 def test_doctor_without_and_with_a_wrong_engine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "ENGINES", {"no-such-engine": "no.such.engine"})
+    monkeypatch.setattr(doctor, "ENGINES", {"no-such-engine": ("no.such.engine", "look for it")})
     code, out, _ = run(capsys, "doctor")
-    assert code == 0 and "engine no-such-engine, not installed" in out
-    monkeypatch.setattr(doctor, "ENGINES", {"torch": "no.such.engine"})
+    assert code == 0 and "engine no-such-engine, not installed: look for it" in out
+    monkeypatch.setattr(doctor, "ENGINES", {"torch": ("no.such.engine", "")})
     code, out, _ = run(capsys, "doctor")
     assert code == 1 and "DOES NOT FIT: No module named 'no'" in out
 

@@ -39,6 +39,16 @@ class Bounds:
         """The greatest ratio allowed, in [1, 1/p]; inf where 1/p overflows and no cap is set."""
         return torch.exp(self.log_high)
 
+    def margins(self) -> tuple[Tensor, Tensor]:
+        """Return the bounds as a host takes them that clamps a ratio to [1 - eps_low, 1 + eps_high].
+
+        Returns:
+            (eps_low, eps_high), float32 of the tokens' shape: 0 <= eps_low <= 1, 0 <= eps_high, all finite.
+        """
+        eps_low, eps_high = torch.expm1(self.log_low).neg_(), torch.expm1(self.log_high)
+        largest = torch.finfo(torch.float32).max
+        return eps_low.clamp_(0.0, 1.0).float(), eps_high.clamp_(0.0, largest).float()
+
 
 @torch.no_grad()
 def band(
@@ -104,9 +114,7 @@ def band_eps(
     Raises:
         InputError: as `band`.
     """
-    bounds = band(old_logps, delta, divergence, cap)
-    eps_low, eps_high = torch.expm1(bounds.log_low).neg_(), torch.expm1(bounds.log_high)
-    return eps_low.float(), eps_high.clamp(max=torch.finfo(torch.float32).max).float()
+    return band(old_logps, delta, divergence, cap).margins()
 
 
 @torch.no_grad()

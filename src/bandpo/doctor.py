@@ -10,7 +10,17 @@ from typing import Any
 from bandpo._checks import InputError
 
 PACKAGES = ("bandpo", "torch", "trl", "transformers", "accelerate", "datasets", "peft", "reasoning-gym", "matplotlib")
-ENGINES = {"trl": "bandpo.engines.trl"}
+_EXTRA, _DOCS = 'pip install "bandpo[{}]" to use it', "see docs/engines.md"
+ENGINES = {  # package: adapter, how to get the package
+    "trl": ("bandpo.engines.trl", _EXTRA.format("train")),
+    "verl": ("bandpo.engines.verl", 'pip install "bandpo[verl]", in an environment of its own, to use it'),
+    "torchrl": ("bandpo.engines.torchrl", _EXTRA.format("engines")),
+    "ray": ("bandpo.engines.rllib", _EXTRA.format("engines")),
+    "tinker": ("bandpo.engines.tinker", _EXTRA.format("engines")),
+    "skyrl": ("bandpo.engines.skyrl", _DOCS),
+    "prime-rl": ("bandpo.engines.prime_rl", _DOCS),
+    "slime": ("bandpo.engines.slime", _DOCS),
+}
 
 
 def examine() -> dict[str, Any]:
@@ -25,7 +35,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": _device(),
         "packages": {name: installed_version(name) for name in PACKAGES},
-        "engines": [_engine(name, module) for name, module in ENGINES.items()],
+        "engines": [_engine(name, *engine) for name, engine in ENGINES.items()],
     }
 
 
@@ -77,12 +87,11 @@ def _device() -> dict[str, Any]:
     return {"kind": kind, "name": name, "count": count, "threads": torch.get_num_threads()}
 
 
-def _engine(name: str, module: str) -> dict[str, Any]:
+def _engine(name: str, module: str, hint: str) -> dict[str, Any]:
     """Import one engine if its framework is there and ask it whether its hook fits."""
     installed = installed_version(name)
     if installed is None:
-        note = 'pip install "bandpo[train]" to use it'
-        return {"name": name, "version": None, "fits": None, "note": note}
+        return {"name": name, "version": None, "fits": None, "note": hint}
     try:
         importlib.import_module(module).check_seam()
     except (InputError, ImportError) as error:

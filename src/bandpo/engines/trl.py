@@ -17,8 +17,9 @@ from packaging.version import Version
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from bandpo import ClipStats, clip_stats, get_clip
+from bandpo import ClipStats, clip_stats
 from bandpo._checks import InputError, nearest
+from bandpo.engines._margins import make_clip
 
 _RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _LOSSES = (*_RATIO_LOSSES, "cispo")
@@ -81,9 +82,7 @@ class BandGRPOConfig(GRPOConfig):
 def _make_clip(args: BandGRPOConfig) -> Any:
     if not isinstance(args.clip, str):
         raise InputError(f"clip={args.clip!r}: must be a name; to use a clip object set trainer.clip")
-    if not isinstance(args.clip_args, dict | None):
-        raise InputError(f"clip_args={args.clip_args!r}: must be a dict; write clip_args={{'delta': 0.05}}")
-    return get_clip(args.clip, **(args.clip_args or {}))
+    return make_clip(args.clip, args.clip_args)  # type: ignore[arg-type]  # a string has been parsed by now
 
 
 def _check_options(args: BandGRPOConfig) -> None:
