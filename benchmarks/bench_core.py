@@ -27,6 +27,10 @@ OWN = (
 DIVERGENCES = (*CLOSED, "neyman", "hellinger", "reverse_kl", "js", "alpha:0.5", "alpha:-1.5", "alpha:3", *OWN)
 
 
+def _name(divergence: str | bandpo.Divergence) -> str:
+    return divergence if isinstance(divergence, str) else divergence.name
+
+
 def bisection(old_logps: Tensor, delta: float) -> tuple[Tensor, Tensor]:
     """The KL band by 50 halvings of the ratio on each side, as one writes it plainly in torch."""
     p = old_logps.exp()
@@ -62,7 +66,7 @@ def batch(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def losses(tokens: int) -> dict[str, Callable[[], Tensor]]:
     logps, old, advantages, mask = batch(tokens)
-    clips = {str(d): bandpo.Band(divergence=d, cap=None) for d in DIVERGENCES}
+    clips = {_name(d): bandpo.Band(divergence=d, cap=None) for d in DIVERGENCES}
     clips |= {"kl cap 10": bandpo.Band(), "fixed": bandpo.Fixed()}
     table: dict[str, Callable[[Tensor], Tensor]] = {"ppo": lambda x: ppo_loss(x, old, advantages, mask)}
     for name, clip in clips.items():
@@ -102,7 +106,7 @@ def bands(tokens: int) -> dict[str, Callable[[], object]]:
     old = batch(tokens)[1]
     table: dict[str, Callable[[], object]] = {"bisection": lambda: bisection(old, 0.05)}
     for divergence in DIVERGENCES:
-        table[str(divergence)] = lambda divergence=divergence: bandpo.band(old, 0.05, divergence)
+        table[_name(divergence)] = lambda divergence=divergence: bandpo.band(old, 0.05, divergence)
     return table
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import math
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from scipy import stats
 
 import bandpo
 from bandpo import cli, plots
@@ -74,3 +80,49 @@ def test_the_picture_is_what_its_command_draws(tmp_path: Path) -> None:
     assert plots.main([str(drawn)]) == 0
     assert drawn.read_text("utf-8").count("<path") == (ROOT / "docs/img/bounds.svg").read_text("utf-8").count("<path")
     assert plots.main([]) == 2 and plots.main([str(tmp_path / "no" / "folder.svg")]) == 2
+
+
+def test_the_operators_pictures_are_what_their_command_draws(tmp_path: Path) -> None:
+    draw, page = runpy.run_path(str(ROOT / "docs/draw.py")), (ROOT / "docs/operator.md").read_text("utf-8")
+    draw["main"](tmp_path)
+    for name in draw["PICTURES"]:
+        drawn, kept = ((folder / f"{name}.svg").read_text("utf-8") for folder in (tmp_path, ROOT / "docs/img"))
+        assert drawn.count("<path") == kept.count("<path") and f"(img/{name}.svg)" in page
+        ours, theirs = (re.findall(r'<g id="line2d_.*?<path d="(.*?)"', x, flags=re.DOTALL) for x in (drawn, kept))
+        assert len(ours) == len(theirs) > 10
+        for a, b in zip(ours, theirs, strict=True):  # in points: the look may differ between versions, no curve may
+            want = pytest.approx([float(x) for x in re.findall(r"-?[\d.]+", b)], abs=1.0)
+            assert [float(x) for x in re.findall(r"-?[\d.]+", a)] == want
+    for name, delta in draw["matched_radii"]().items():
+        assert re.search(rf"^\| `{name}` \|.*\| {delta:.4f} \|", page, flags=re.MULTILINE), name
+
+
+def test_the_operators_example_prints_what_is_shown() -> None:
+    page = (ROOT / "docs/operator.md").read_text("utf-8")
+    (code, shown), *more = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", page, flags=re.M | re.S)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, "operator.md", "exec"), {})
+    assert out.getvalue() == shown and not more
+
+
+def test_the_intervals_have_the_names_that_the_operators_page_gives_them() -> None:
+    n, z = 100, 1.959963984540054
+    for k in (3, 37):
+        share = k / n
+        log_p = torch.tensor([share], dtype=torch.float64).log()
+
+        def interval(name: str, delta: float, share: float = share, log_p: torch.Tensor = log_p) -> list[float]:
+            bounds = bandpo.band(log_p, delta, name)
+            return [share * bounds.low.item(), share * bounds.high.item()]
+
+        wald, angle = z * math.sqrt(share * (1 - share) / n), math.asin(math.sqrt(share))
+        wilson = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
+        assert interval("neyman", z * z / n) == pytest.approx(list(wilson))
+        assert interval("chi2", z * z / n) == pytest.approx([max(share - wald, 0), share + wald])
+        arcsine = [math.sin(max(angle + s * z / 2 / math.sqrt(n), 0)) ** 2 for s in (-1, 1)]
+        assert interval("hellinger", 2 - 2 * math.cos(z / 2 / math.sqrt(n))) == pytest.approx(arcsine)
+        for order in (0, 1, -2 / 3):
+            for q in interval(f"alpha:{order}", z * z / (2 * n)):
+                observed, expected = [k, n - k], [q * n, (1 - q) * n]
+                statistic = stats.power_divergence(observed, expected, lambda_=-order).statistic
+                assert statistic == pytest.approx(z * z), (order, k)

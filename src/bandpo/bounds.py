@@ -89,7 +89,7 @@ def band(
     log_p = old_logps.to(working_dtype(old_logps))
     largest = torch.finfo(log_p.dtype).max
     log_p = log_p.nan_to_num(nan=0.0, neginf=-largest).clamp_(max=0.0)
-    delta_low, delta_high = (delta_like(d, log_p) for d in check_delta(delta))
+    delta_low, delta_high = (delta_like(d, log_p, wide=True) for d in check_delta(delta))
     log_low, log_high = solve.log_bounds(divergence, log_p, delta_low, delta_high)
     log_low = log_low.clamp(-largest, 0.0)
     log_high = torch.minimum(log_high.clamp(min=0.0), -log_p)
@@ -217,8 +217,12 @@ def check_cap(cap: object) -> float | None:
     return None if cap is None else check_number("cap", cap, 1.0)
 
 
-def delta_like(delta: float | Tensor, x: Tensor) -> Tensor:
-    """Return `delta` as a tensor of the dtype and device of `x`, without a host synchronisation."""
+def delta_like(delta: float | Tensor, x: Tensor, wide: bool = False) -> Tensor:
+    """Return `delta` as a tensor on the device of `x`, without a host synchronisation.
+
+    In the dtype of `x`, or if `wide` as it is: a tensor in its own dtype, a number in float64.
+    """
     if isinstance(delta, Tensor):
-        return delta.to(x)
-    return torch.full((), delta, dtype=x.dtype, device=x.device)
+        return delta.to(x.device) if wide else delta.to(x)
+    dtype = torch.float64 if wide and x.device.type != "mps" else x.dtype
+    return torch.full((), delta, dtype=dtype, device=x.device)

@@ -36,6 +36,7 @@ class Divergence:
         binary: g_f as a function of a `Move` for the loss, where only the comparison with delta counts.
         bounds: `(log_p, delta_low, delta_high) -> (log_low, log_high)`, the roots of g_f = delta as log-ratios;
             found by `solve` when None.
+        narrow: whether `bounds` keeps its digits in float32; otherwise it is given float64.
         shape: what the solver must know of f; read off f, with a check of f, when left out.
 
     Raises:
@@ -52,6 +53,7 @@ class Divergence:
     radius: float = 0.1
     binary: Callable[[Move], Tensor] | None = None
     bounds: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    narrow: bool = False
     shape: Shape = Shape(math.nan)
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class Divergence:
 
 
 def by_tail(
-    tail: Callable[[Tensor, Tensor, Tensor], Tensor], growth: float = 1.0
+    tail: Callable[[Tensor, Tensor, Tensor], Tensor], growth: float = 1.0, reach: float = 690.0
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the `bounds` of a divergence whose one-sided problem has a solution of its own.
 
@@ -129,15 +131,16 @@ def by_tail(
     Args:
         tail: `(A, B, delta) -> A w`, which stays finite as A -> 0; inf where the region reaches the simplex's end.
         growth: the power with which f grows: for tiny p the upper bound goes as p^(-1/growth).
+        reach: as in `Shape`.
 
     Returns:
         `(log_p, delta_low, delta_high) -> (log_low, log_high)`.
     """
 
     def bounds(log_p: Tensor, delta_low: Tensor, delta_high: Tensor) -> tuple[Tensor, Tensor]:
-        # Below p = e^-87 (float32) or e^-700 the upper bound is a power law, so the rest of log p is added at the end,
+        # Below p = e^-87 (float32) or e^-690 the upper bound is a power law, so the rest of log p is added at the end,
         # and r_low is zero for any use: it saturates.
-        floor = log_p.clamp(min=(-87.0 if log_p.dtype == torch.float32 else -700.0) / growth)
+        floor = log_p.clamp(min=-87.0 if log_p.dtype == torch.float32 else -reach)
         p, rest = torch.exp(floor), expm1(floor).neg_().clamp_(min=TINY)
         low = tail(p, rest, delta_low).div_(p).neg_()
         w = tail(rest, p, delta_high).div_(rest).neg_()

@@ -128,7 +128,9 @@ def alpha_divergence(a: float, name: str = "", **closed: Any) -> Divergence:
         return term(torch.log(u), u - 1)
 
     radius = 0.1 / max(1.0, abs(a))
-    shape = Shape(1 / a, 1.0, min(a, 1.0), max(a, 1.0)) if a > 0 else Shape(math.inf, 1.0, max(-a, 1e-9))
+    growth = max(a, 1.0)
+    at_zero, fall = (1 / a, min(a, 1.0)) if a > 0 else (math.inf, max(-a, 1e-9))
+    shape = Shape(at_zero, 1.0, fall, growth, reach=600 / growth)
     return Divergence(name or f"alpha:{a:g}", f, term, tuple(series), radius, shape=shape, **closed)
 
 
@@ -149,12 +151,12 @@ _JS_SERIES = tuple((-1) ** n * (1 - 2.0 ** (1 - n)) / (n * (n - 1)) for n in ran
 FAMILY: dict[str, Divergence] = {
     d.name: d
     for d in (
-        alpha_divergence(0, "kl", binary=_kl_binary, bounds=by_tail(_kl_tail)),  # KL(old || new)
+        alpha_divergence(0, "kl", binary=_kl_binary, bounds=by_tail(_kl_tail), narrow=True),  # KL(old || new)
         Divergence("tv", lambda u: (u - 1).abs() / 2, lambda _, t: t.abs() / 2, binary=_tv_binary, bounds=_tv_bounds),
         # Pearson
         Divergence("chi2", lambda u: (u - 1) ** 2, lambda _, t: t * t, binary=_chi2_binary, bounds=_chi2_bounds),
         alpha_divergence(1, "reverse_kl"),  # KL(new || old)
-        Divergence("neyman", lambda u: (u - 1) ** 2 / u, _neyman_term, bounds=by_tail(_neyman_tail)),
+        Divergence("neyman", lambda u: (u - 1) ** 2 / u, _neyman_term, bounds=by_tail(_neyman_tail), narrow=True),
         Divergence(
             "hellinger",  # squared, in [0, 2]
             lambda u: (u.sqrt() - 1) ** 2,

@@ -22,6 +22,7 @@ class Shape(NamedTuple):
         curvature: f''(1), about: g_f is half of it times chi-squared near r = 1.
         fall: the rate at which f, or at_zero - f where that is finite, goes as u = e^-w falls: e^(fall w), e^(-fall w).
         growth: the power of u with which f grows for large u.
+        reach: log of a u up to which f is finite, and nothing in it overflows.
         slope: f'(1); f less slope times (u - 1) is the same divergence, and no longer loses digits near u = 1.
     """
 
@@ -29,6 +30,7 @@ class Shape(NamedTuple):
     curvature: float = 1.0
     fall: float = 1.0
     growth: float = 1.0
+    reach: float = 690.0
     slope: float = 0.0
 
 
@@ -65,10 +67,11 @@ def read_shape(name: str, f: Callable[[Tensor], Tensor]) -> Shape:
             fall = (_log(at(-20.0)) - _log(at(-10.0))) / 10
         elif fall < 0.005:
             fall = 1e-4
-    growth = (_log(at(20.0)) - _log(at(10.0))) / 10
+    reach = next(end for end in (690.0, 340.0, 230.0, 100.0, 30.0) if math.isfinite(at(end)))
+    growth = round((_log(at(reach)) - _log(at(reach / 2))) / (reach / 2), 2)  # of u log u it is 1
     curvature = max((at(1e-3) + at(-1e-3)) * 1e6, 0.0)
     fall = 1.0 if fall <= 0 or 0.8 < fall < 1.25 else min(max(fall, 1e-4), 50.0)
-    return Shape(at_zero, curvature, fall, min(max(growth, 1.0), 50.0), slope)
+    return Shape(at_zero, curvature, fall, min(max(growth, 1.0), 50.0), reach, slope)
 
 
 def _log(x: float) -> float:
