@@ -113,7 +113,7 @@ def test_train_gets_the_keys_that_no_option_takes(monkeypatch: pytest.MonkeyPatc
     assert args.recipe == "demo" and args.overrides == ["--clip_args.delta", "0.02", "--seed=3"]
 
 
-@pytest.mark.parametrize("command", ["", "bounds", "train", "report", "doctor"])
+@pytest.mark.parametrize("command", ["", "bounds", "train", "verl", "report", "doctor"])
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

@@ -1,4 +1,4 @@
-"""The ``bandpo`` command: bounds, train, report, doctor.
+"""The ``bandpo`` command: bounds, train, verl, report, doctor.
 
 Exit codes: 0 done, 2 the user's input was wrong (one line on stderr), 1 anything else.
 """
@@ -18,6 +18,7 @@ import bandpo
 from bandpo._checks import InputError, nearest
 from bandpo.family import FAMILY
 from bandpo.train.command import add_parser as add_train
+from bandpo.verl.command import add_parser as add_verl
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
     _add_bounds(commands)
     add_train(commands)
+    add_verl(commands)
     _add_report(commands)
     _add_doctor(commands)
     return parser
@@ -76,12 +78,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse the words; what no option takes is an error that names the nearest option."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if "overrides" in args:  # `train` takes the keys of a recipe, and checks them itself
+    if "overrides" in args:  # `train` and `verl` take the keys of a recipe, and check them themselves
         args.overrides = rest
     elif rest:
         _refuse(getattr(args, "parser", parser), rest[0])
     if "handler" not in args:
-        raise InputError("no command given: must be bounds, train, report or doctor; see bandpo --help")
+        raise InputError("no command given: must be bounds, train, verl, report or doctor; see bandpo --help")
     return args
 
 

@@ -118,7 +118,8 @@ class HumanDisplay(Display):
             self._print(_start_text(event))
         elif kind == "eval":
             self._end_rollout()
-            found = f"held-out accuracy {_accuracy(event)}, entropy {event['entropy']:.3f}"
+            entropy = f", entropy {event['entropy']:.3f}" if "entropy" in event else ""
+            found = f"held-out accuracy {_accuracy(event)}{entropy}"
             self._print(f"{self._arm or 'step'} {event['step']}: {found}")
         elif kind == "summary":
             self.console.print(closing_table(event))
@@ -205,6 +206,7 @@ def closing_table(event: dict[str, Any]) -> Table:
             row += [escape(f"stopped: {run['error']}")]
         else:
             clipped = "" if run["clipped"] is None else f"{run['clipped']:.1%}"
-            row += [_accuracy(after), f"{before['entropy']:.3f} to {after['entropy']:.3f}", clipped]
+            entropy = f"{before['entropy']:.3f} to {after['entropy']:.3f}" if before and "entropy" in after else ""
+            row += [_accuracy(after), entropy, clipped]
         table.add_row(*row)
     return table

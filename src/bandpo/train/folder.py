@@ -17,7 +17,7 @@ import yaml
 from bandpo._checks import InputError
 from bandpo.doctor import installed_version
 
-PACKAGES = ("bandpo", "torch", "trl", "transformers", "accelerate", "datasets", "peft")
+PACKAGES = ("bandpo", "torch", "trl", "transformers", "accelerate", "datasets", "peft", "verl", "ray")
 
 
 class RunFolder:

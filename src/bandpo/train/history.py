@@ -129,6 +129,11 @@ def read_run(folder: Path) -> Run:
     missing: list[str] = []
     info = _part(folder / "run.json", _json_dict, missing) or {}
     records = _part(folder / "metrics.jsonl", _lines, missing) or []
+    tokens = None
+    if (folder / "tokens.npz").exists() or "engine" not in info:
+        tokens = _part(folder / "tokens.npz", _tokens, missing)
+    else:
+        missing.append(f"The tokens at the clip's region: {info['engine']} keeps none.")
     return Run(
         folder=folder,
         name=clip_label(info),
@@ -137,7 +142,7 @@ def read_run(folder: Path) -> Run:
         steps=_in_order(records, "step"),
         evals=_in_order(records, "eval"),
         samples=_part(folder / "samples.json", _json_list, missing) or [],
-        tokens=_part(folder / "tokens.npz", _tokens, missing),
+        tokens=tokens,
         missing=missing,
     )
 

@@ -48,6 +48,7 @@ class RecipeKeys:
         eval_samples: completions for each of them.
         eval_every: optimiser steps between held-out evaluations; 0: only before and after.
         threads: CPU threads of PyTorch; 0: its own choice.
+        verl: settings of `bandpo verl` and verl's own keys; `bandpo train` has no use for them.
     """
 
     task: str
@@ -57,6 +58,7 @@ class RecipeKeys:
     eval_samples: int = 4
     eval_every: int = 0
     threads: int = 0
+    verl: dict | str = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -386,7 +388,7 @@ def _check(recipe: Recipe) -> None:
     for key in ("task", "model"):
         if not recipe.values.get(key):
             raise InputError(f"recipe {recipe.name}: the key {key!r} is missing; add it, as in '{key}: ...'")
-    for key in ("task_args", "clip_args"):
+    for key in ("task_args", "clip_args", "verl"):
         if not isinstance(recipe.values.get(key) or {}, dict):
             raise InputError(f"{key}={recipe.values[key]!r}: must be a mapping, as in --{key}.name value")
     keys = recipe.keys

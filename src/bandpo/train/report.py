@@ -108,6 +108,8 @@ def _header(run: Run) -> str:
         facts.append(f"{rollouts:,} rollouts, {updates}" if rollouts else updates)
     if _finite(info.get("seconds")):
         facts.append(_duration(info["seconds"]))
+    if "engine" in info:
+        facts.append(f"{info['engine']}, {info.get('workers', '?')} workers")
     return (
         f"<h1>{escape(_task(run))}, trained with {escape(run.name)}</h1>"
         f'<p class="kicker">{escape(" · ".join(fact for fact in facts if fact))}</p>'
@@ -122,10 +124,14 @@ def _headline(run: Run) -> str:
     if counts:
         intervals += f"; {' and '.join(sorted(counts))} completions to held-out prompts each time"
     clipped = _mean(run, "clipped")
+    label, first, last = "Entropy, nats a token", before.get("entropy"), after.get("entropy")
+    if first is None and last is None and run.steps:  # verl's evaluations have none
+        label, first, last = f"{label}, training", run.steps[0].get("entropy"), run.steps[-1].get("entropy")
+    record = "rollout" if "engine" in run.info else "update"  # verl logs the mean over a rollout's updates
     facts = [
-        ("Entropy, nats a token", f"{_number(before.get('entropy'))} → {_number(after.get('entropy'))}"),
+        (label, f"{_number(first)} → {_number(last)}"),
         ("Tokens with zero gradient, mean", _percent(clipped, 2)),
-        ("Highest in one update", _percent(_highest(run, "clipped"), 2)),
+        (f"Highest in one {record}", _percent(_highest(run, "clipped"), 2)),
     ]
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     return (

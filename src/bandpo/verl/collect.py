@@ -1,0 +1,207 @@
+"""What verl writes while it trains, as the records that a run of `bandpo train` leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bandpo.diagnostics import BUCKETS, FIELDS
+from bandpo.train.display import Display
+from bandpo.train.folder import RunFolder
+from bandpo.verl.recipe import Schedule
+
+NAMES = {
+    "critic/score/mean": "reward",
+    "actor/entropy": "entropy",
+    "actor/loss": "loss",
+    "actor/grad_norm": "grad_norm",
+    "actor/lr": "learning_rate",
+    "response_length/mean": "completions/mean_length",
+}
+BAND = "actor/band/"  # what bandpo.engines.verl adds to the loss's metrics
+KEPT_SAMPLES = 24
+
+
+class OtherLossError(RuntimeError):
+    """The workers train with another loss than bandpo's."""
+
+
+class Collector:
+    """Follows the files that verl writes, and puts what they say into the run's folder and on the screen.
+
+    Args:
+        folder: the run's folder.
+        plan: the run's schedule.
+        display: where to show it.
+        log: file of verl's metrics, one JSON object a line.
+        start: rollouts made before this process.
+        samples: completions in an evaluation.
+    """
+
+    def __init__(
+        self, folder: RunFolder, plan: Schedule, display: Display, *, log: Path, start: int, samples: int
+    ) -> None:
+        self.folder, self.plan, self.display, self.log = folder, plan, display, log
+        self.start, self.samples = start, samples
+        self.rollout = start
+        self.seconds = max((r.get("seconds", 0.0) for r in folder.metrics()), default=0.0)
+        self._before = self.seconds
+        self._read = 0
+        self._waiting: list[int] = []
+
+    def poll(self, *, last: bool = False) -> None:
+        """Take what is new.
+
+        Args:
+            last: whether verl has ended, so that nothing is awaited.
+
+        Raises:
+            OtherLossError: the first update's metrics are not those of bandpo's loss.
+        """
+        for entry in self._new_lines():
+            step, data = int(entry["step"]), entry["data"]
+            if "actor/pg_loss" in data:
+                self._step(step, data)
+            if any(key.startswith("val-") for key in data):
+                self._waiting.append(step)
+        # verl writes the samples of an evaluation in a thread of their own.
+        ready = [step for step in self._waiting if last or self._complete(step)]
+        self._waiting = [step for step in self._waiting if step not in ready]
+        for step in ready:
+            self._evaluation(step)
+
+    def _new_lines(self) -> Iterator[dict[str, Any]]:
+        if not self.log.exists():
+            return
+        with self.log.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written
+                self._read += len(line)
+                yield json.loads(line)
+
+    def _step(self, rollout: int, data: dict[str, Any]) -> None:
+        if f"{BAND}tokens_sum" not in data:
+            raise OtherLossError(
+                f"rollout {rollout}: verl's workers report no metrics of bandpo's loss, so another loss trains; do "
+                "they have bandpo installed, and does nothing set actor_rollout_ref.actor.policy_loss?"
+            )
+        self.rollout = rollout
+        self.seconds += data.get("timing_s/step", 0.0) + data.get("timing_s/testing", 0.0)
+        record = {"event": "step", "step": rollout * self.plan.updates, "rollout": rollout}
+        record |= {"seconds": round(self.seconds, 3), **step_record(data)}
+        self.folder.add_metrics(record)
+        made, left = rollout - self.start, self.plan.rollouts - rollout
+        whole = {"steps": self.plan.rollouts * self.plan.updates, "rollouts": self.plan.rollouts}
+        pace = (self.seconds - self._before) / max(made, 1)
+        self.display.emit({**record, **whole, "left": round(pace * left, 1)})
+
+    def _complete(self, rollout: int) -> bool:
+        path = self._samples(rollout)
+        return path.exists() and path.read_bytes().count(b"\n") >= self.samples
+
+    def _samples(self, rollout: int) -> Path:
+        return self.folder.path / "validation" / f"{rollout}.jsonl"
+
+    def _evaluation(self, rollout: int) -> None:
+        """Record an evaluation: the first and the last in run.json, those between in metrics.jsonl."""
+        rows = read_samples(self._samples(rollout))
+        if not rows:
+            where, out = self._samples(rollout), self.folder.path
+            self.display.note(f"verl left no samples in {where}; does {out} lie on storage that every node sees?")
+            return
+        found, step = evaluation(rows), rollout * self.plan.updates
+        self.display.emit({"event": "eval", "step": step, **found})
+        if rollout == 0:
+            self.folder.update(before=found)
+        elif rollout == self.plan.rollouts:
+            self.folder.update(after=found)
+        else:
+            self.folder.add_metrics({"event": "eval", "step": step, **found})
+
+    def samples_before_and_after(self) -> list[dict[str, Any]]:
+        """One sample of each of the first problems, before and after; none where verl left no files."""
+        before, after = (_first_samples(read_samples(self._samples(r))) for r in (0, self.plan.rollouts))
+        return [
+            {
+                "prompt": prompt,
+                "answer": row["gts"],
+                "before": row["output"],
+                "correct_before": bool(row["acc"]),
+                "after": after[prompt]["output"],
+                "correct_after": bool(after[prompt]["acc"]),
+            }
+            for prompt, row in sorted(before.items())
+            if prompt in after
+        ][:KEPT_SAMPLES]
+
+
+def step_record(data: dict[str, Any]) -> dict[str, float]:
+    """Return verl's metrics of one rollout under the names of `bandpo train` where it has them.
+
+    The clip's shares are sums over tokens divided by each other, so every token of the rollout counts once.
+
+    Args:
+        data: verl's metrics.
+
+    Returns:
+        Finite numbers by name.
+    """
+    found = {NAMES.get(key, key): value for key, value in data.items() if not key.startswith((BAND, "val-"))}
+    sums = {key.removeprefix(BAND): float(value) for key, value in data.items() if key.startswith(BAND)}
+    tokens = max(sums.get("tokens_sum", 0.0), 1e-12)
+    for name in FIELDS[1:]:
+        shown = "divergence_mean" if name == "divergence" else name
+        found[f"clip/{shown}"] = sums.get(f"{name}_sum", math.nan) / tokens
+    for bucket in BUCKETS:
+        inside = sums.get(f"tokens_sum/{bucket}", math.nan)
+        found[f"clip/share/{bucket}"] = inside / tokens
+        for name in ("zero_grad_above", "zero_grad_below"):
+            found[f"clip/{name}/{bucket}"] = sums.get(f"{name}_sum/{bucket}", math.nan) / max(inside, 1e-12)
+    found["clipped"] = found["clip/zero_grad"] = found["clip/zero_grad_above"] + found["clip/zero_grad_below"]
+    return {key: value for key, value in found.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Return the completions of one of verl's evaluations.
+
+    Args:
+        path: the file that verl wrote.
+
+    Returns:
+        One mapping a completion, with input, output, gts, acc and uid; none without a file.
+    """
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def evaluation(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return accuracy and its 95 % interval, which knows that samples of one prompt hang together.
+
+    Args:
+        rows: from `read_samples`.
+
+    Returns:
+        accuracy, low, high and n.
+    """
+    from bandpo.train.evaluate import accuracy_interval
+
+    prompts: dict[str, list[float]] = {}
+    for row in rows:  # uid: the prompt's, the sample's number, the turn's
+        prompts.setdefault(str(row["uid"]).rsplit("_", 2)[0], []).append(float(row["acc"]))
+    most = max(map(len, prompts.values()))
+    whole = np.array([values for values in prompts.values() if len(values) == most])  # a failed request leaves fewer
+    low, high = accuracy_interval(whole)
+    return {"accuracy": float(whole.mean()), "low": low, "high": high, "n": int(whole.size)}
+
+
+def _first_samples(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(row.get("question") or row["input"], row)
+    return found

@@ -1,0 +1,125 @@
+"""Why verl stopped, out of its log: one line, where verl and Ray print hundreds."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from bandpo._checks import nearest
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_PROCESS = re.compile(r"^\((?P<who>[A-Za-z_]\w*)[^)]*\) ")  # Ray's prefix of a line that another process printed
+_ERROR = re.compile(r"^(?P<kind>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit))(?:: (?P<text>.*))?$")
+# Errors that only carry another one, or that come when everything is taken down.
+_CARRIERS = ("RayTaskError", "ActorDiedError", "ActorUnavailableError", "HydraException", "SystemExit")
+# Not an error of the worker's own, such as CUDA's out of memory: that one has a name and a text.
+_LOST = (
+    "The actor died unexpectedly", "unexpected system error", "Worker unexpectedly exits", "was killed due to memory",
+    "WorkerCrashedError", "NodeDiedError", "ray.exceptions.OutOfMemoryError",
+)  # fmt: skip
+_NO_RAY = (
+    "Could not find any running Ray instance", "Failed to connect to GCS", "Could not connect to Ray",
+    "GCS has started but", "ray client connection timeout", "Unable to connect to GCS", "cannot be reached",
+)  # fmt: skip
+
+_NOTHING = ("no materializable trajectories", "Received an empty list as keys")
+
+
+def explain(log: str) -> str:
+    """Return the reason for which verl stopped.
+
+    Args:
+        log: what verl and Ray printed.
+
+    Returns:
+        One line.
+    """
+    lines = [_PROCESS.sub("", line) for line in _COLOUR.sub("", log).replace("\r", "\n").splitlines()]
+    text = "\n".join(lines)
+    for reason in (_hydra, _few_gpus, _no_ray, _lost, _rollout, _own_error):
+        if found := reason(lines, text):
+            return " ".join(found.split())
+    last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+    return " ".join(last.split())[:300]
+
+
+def known_keys() -> list[str]:
+    """Return the keys of the installed verl's configuration, with dots; none without verl."""
+    import yaml
+
+    found = importlib.util.find_spec("verl")
+    if found is None or not found.submodule_search_locations:
+        return []
+    path = Path(found.submodule_search_locations[0]) / "trainer" / "config" / "_generated_ppo_trainer.yaml"
+    try:
+        return _names(yaml.safe_load(path.read_text("utf-8")))
+    except (OSError, yaml.YAMLError):  # a later verl may have it elsewhere; the hint alone is lost
+        return []
+
+
+def no_such_key(key: str, known: list[str]) -> str:
+    """Return what to say of a key that verl's configuration does not have."""
+    return f"verl has no such key{nearest(key, known)}; write +{key} to add one"
+
+
+def _names(config: dict[str, Any], before: str = "") -> list[str]:
+    found = []
+    for key, value in config.items():
+        found.append(f"{before}{key}")
+        if isinstance(value, dict):
+            found += _names(value, f"{before}{key}.")
+    return found
+
+
+def _hydra(lines: list[str], text: str) -> str | None:
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"{found[1]}: {no_such_key(found[1], known_keys())}"
+    if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return f"+{found[1]}: verl has this key already; write it without the +"
+    if found := re.search(r"Error in call to target '([^']+)':\n?(.*)", text):
+        return f"{found[1]} refuses its settings: {found[2]}"
+    if found := re.search(
+        r"(?:mismatched input|no viable alternative|token recognition error|extraneous input).*", text
+    ):
+        return f"an override is not in hydra's grammar: {found[0]}"
+    return None
+
+
+def _few_gpus(lines: list[str], text: str) -> str | None:
+    if found := re.search(r"Total available GPUs ([\d.]+) is less than total desired GPUs (\d+)", text):
+        there, way_out = float(found[1]), "set verl.workers and verl.nodes to fit"
+        return f"Ray has {there:g} GPUs and the recipe asks for {found[2]}; {way_out}"
+    return None
+
+
+def _no_ray(lines: list[str], text: str) -> str | None:
+    if "ray.exceptions.AuthenticationError" in text:
+        return "the Ray cluster wants a token: set RAY_AUTH_MODE=token, and have its ~/.ray/auth_token here"
+    found = next((line for line in lines if any(sign in line for sign in _NO_RAY)), None)
+    return found and f"no Ray cluster answers ({found.strip()[:200]}); is it up, and is the address right?"
+
+
+def _rollout(lines: list[str], text: str) -> str | None:
+    """When every rollout fails, verl's last error says only that there is nothing; the reason stands far above."""
+    if not any(sign in text for sign in _NOTHING):
+        return None
+    marks = [i for i, line in enumerate(lines) if "Error in _run_prompt" in line]
+    first = lines[marks[0] : marks[1] if len(marks) > 1 else None] if marks else []
+    error = _own_error(first, "")
+    return f"every rollout failed: {error}" if error else None
+
+
+def _own_error(lines: list[str], text: str) -> str | None:
+    found = None
+    for line in lines:
+        match = _ERROR.match(line)
+        if match and match["kind"].split(".")[-1].split("(")[0] not in _CARRIERS:
+            found = f"{match['kind'].split('.')[-1]}: {match['text'] or ''}".rstrip(": ")
+    return found
+
+
+def _lost(lines: list[str], text: str) -> str | None:
+    found = next((line.strip() for line in lines if any(sign in line for sign in _LOST)), None)
+    return found and f"a worker was lost ({found[:200]})"

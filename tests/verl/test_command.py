@@ -1,0 +1,123 @@
+"""`bandpo verl` with verl: hydra and verl's configuration take its words, and the demo trains two workers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bandpo.diagnostics import BUCKETS
+from bandpo.train.recipe import read_recipe
+from bandpo.verl.failure import known_keys
+from bandpo.verl.recipe import OWNED, check_recipe
+from bandpo.verl.run import check_engine, make_place
+from bandpo.verl.translate import literal, overrides
+
+SHORT = ["--max_steps", "16", "--save_steps", "8", "--eval_every", "8", "--eval_prompts", "8"]  # two rollouts
+
+
+def composed(words: list[str]) -> Any:
+    """verl's configuration with these overrides, as its own program makes it."""
+    from hydra import compose, initialize_config_module
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            return compose("ppo_trainer", [word for word in words if not word.startswith("hydra.")])
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 3, 1e-5, "a b", 'say "x"', "C:\\", "{{ m }}", "true", "", [1, "a,b"], {"a": [1]}]
+)
+def test_hydra_reads_what_was_meant(value: object) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(f"a={literal(value)}").value()
+    plain = getattr(parsed, "text", parsed)
+    assert [getattr(x, "text", x) for x in plain] == value if isinstance(value, list) else plain == value
+
+
+def test_verl_takes_every_word_and_checks_them(tmp_path: Path) -> None:
+    recipe = check_recipe(read_recipe("verl-demo"), ["--beta", "0.01", "--num_iterations", "2"])
+    check_engine(recipe)
+    place = make_place(recipe, tmp_path, plain=True, make=False)
+    config = composed(overrides(recipe, place))
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert dict(actor.policy_loss.clip_args) == {"divergence": "kl", "delta": 0.05, "cap": 10.0}
+    assert config.actor_rollout_ref.model.custom_chat_template.count("{{") == 1 and rollout.n == 16
+    assert config.data.train_batch_size * rollout.n == 2 * 16 * 8 and actor.ppo_mini_batch_size * rollout.n == 32
+    assert actor.use_kl_loss and actor.ppo_epochs == 2
+
+    from verl.utils.config import omega_conf_to_dataclass
+
+    loss = omega_conf_to_dataclass(actor.policy_loss)
+    assert type(loss).__name__ == "BandLossConfig" and loss.region.delta == 0.05
+
+
+def test_the_keys_that_are_the_recipes_own_exist() -> None:
+    known = known_keys()
+    added = {"clip", "clip_args"}  # by bandpo's configuration of the loss
+    assert len(known) > 500 and [key for key in OWNED if key not in known and key.split(".")[-1] not in added] == []
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bandpo", "verl", *words], capture_output=True, text=True, timeout=420,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def test_the_demo_trains_two_workers_and_leaves_a_report(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run("verl-demo", *SHORT, "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr + (out / "verl.log").read_text()[-3000:]
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [e["event"] for e in events if e["event"] != "note"] == [
+        "start",
+        "eval",
+        "step",
+        "eval",
+        "step",
+        "eval",
+        "summary",
+        "done",
+    ]
+    # Two workers, each with bandpo's loss.
+    log = (out / "verl.log").read_text()
+    assert (
+        len(
+            {
+                line.split("pid=")[1].split(")")[0]
+                for line in log.splitlines()
+                if "bandpo: policy loss 'bandpo' in use" in line
+            }
+        )
+        == 2
+    )
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["event"] == "step"]
+    assert [(r["step"], r["rollout"]) for r in steps] == [(8, 1), (16, 2)]
+    for record in steps:
+        # verl's own count of tokens that the bounds stopped, made from other sums.
+        assert record["clipped"] == pytest.approx(record["actor/pg_clipfrac"], abs=2e-3)
+        assert sum(record[f"clip/share/{bucket}"] for bucket in BUCKETS) == pytest.approx(1)
+        assert all(math.isfinite(record[key]) for key in ("reward", "entropy", "loss", "grad_norm", "seconds"))
+        assert record["training/rollout_probs_diff_max"] < 1e-5, "what generates has the weights that train"
+    info = json.loads((out / "run.json").read_text())
+    assert info["status"] == "done" and info["workers"] == 2 and info["versions"]["verl"]
+    assert info["before"]["n"] == info["after"]["n"] == 8 * 4
+    assert len(json.loads((out / "samples.json").read_text())) == 8
+    assert "verl, 2 workers" in (out / "report.html").read_text("utf-8")
+
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(out / "model").num_parameters() > 100_000
+    again = run(str(out / "recipe.yaml"), "--out", str(out), "--resume")
+    assert again.returncode == 0 and "done already" in again.stdout, again.stderr
