@@ -21,6 +21,7 @@ ENGINES = {  # package: adapter, how to get the package
     "prime-rl": ("bandpo.engines.prime_rl", _DOCS),
     "slime": ("bandpo.engines.slime", _DOCS),
 }
+NEEDS = {"ray": "gymnasium"}  # Ray without RLlib is no engine, and verl installs it so
 
 
 def examine() -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _device() -> dict[str, Any]:
 def _engine(name: str, module: str, hint: str) -> dict[str, Any]:
     """Import one engine if its framework is there and ask it whether its hook fits."""
     installed = installed_version(name)
-    if installed is None:
+    if installed is None or installed_version(NEEDS.get(name, name)) is None:
         return {"name": name, "version": None, "fits": None, "note": hint}
     try:
         importlib.import_module(module).check_seam()

@@ -71,6 +71,7 @@ def overrides(recipe: VerlRecipe, place: Place) -> list[str]:
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": recipe.get("per_device_train_batch_size"),
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": recipe.get("per_device_train_batch_size"),
         f"{ROLLOUT}.val_kwargs.do_sample": True,
+        f"{ROLLOUT}.val_kwargs.temperature": 1.0,  # verl's is 0, which makes all samples of a prompt the same
         **{at: recipe.get(key) for key, (_, where) in DIRECT.items() if recipe.get(key) is not None for at in where},
         **_optimiser(recipe, plan),
         **_engine(recipe, plan, place.address),

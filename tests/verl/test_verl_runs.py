@@ -1,0 +1,131 @@
+"""Real runs of an unmodified verl with the engine: two workers, critic, reference model, checkpoints, lost workers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from verl_support import Run, make_world
+
+IN_USE = r"\(WorkerDict pid=(\d+)\).{0,10} bandpo: policy loss 'bandpo' in use in this worker: (.*), dual_clip=None"
+ACTOR = "actor_rollout_ref.actor"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    make_world(tmp_path)
+    return tmp_path
+
+
+def share(entry: dict[str, float], name: str) -> float:
+    return entry[f"actor/band/{name}_sum"] / entry["actor/band/tokens_sum"]
+
+
+def check_band(entries: list[dict[str, float]], workers: int, micro_batches: int, passes: int) -> None:
+    """Every token of every worker is counted, `passes` times a rollout, and the clip takes gradients."""
+    for entry in entries:
+        tokens = entry["actor/band/tokens_sum"] * workers * micro_batches
+        responses = entry["response_length/mean"] * 64  # 16 prompts, 4 rollouts each
+        assert tokens == pytest.approx(passes * responses, rel=1e-6)
+        buckets = [value for key, value in entry.items() if key.startswith("actor/band/tokens_sum/")]
+        assert len(buckets) == 5 and sum(buckets) == pytest.approx(entry["actor/band/tokens_sum"])
+    lost = [share(e, "zero_grad_above") + share(e, "zero_grad_below") for e in entries]
+    assert max(lost) > 0.01
+    for entry, ours in zip(entries, lost, strict=True):
+        # verl counts the dual clip apart, and weighs micro-batches alike though their tokens differ: off by up to 0.03
+        theirs = entry["actor/pg_clipfrac"] + entry["actor/pg_clipfrac_lower"]
+        assert theirs == pytest.approx(ours, abs=0.1)
+
+
+def test_two_workers_survive_a_lost_worker_and_a_kill(world):
+    checkpoints = {"trainer.save_freq": 2, "trainer.resume_mode": "auto", f"{ACTOR}.optim.lr": 0.005}
+    written = world / "checkpoints" / "latest_checkpointed_iteration.txt"
+    with Run(world, "lost", 2, 30, checkpoints) as run:
+        run.wait_for(r"step:3 -")
+        found = re.findall(IN_USE, run.text())
+        workers = {int(pid) for pid, _ in found}
+        assert len(workers) == len(found) == 2 and found[0][1] == "Band(divergence='tv', delta=0.02, cap=10.0)"
+        os.kill(workers.pop(), signal.SIGKILL)
+        lost = time.monotonic()
+        assert run.process.wait(120) != 0  # the run stops, and at once
+        assert time.monotonic() - lost < 60
+        assert re.search(r"ActorDiedError|The actor died unexpectedly", run.text()), run.tail()
+    check_band(run.metrics(), workers=2, micro_batches=8, passes=2)
+    kept = int(written.read_text())
+    assert kept >= 2 and len(list((world / "checkpoints").glob(f"global_step_{kept}/actor/optim_*.pt"))) == 2
+
+    with Run(world, "killed", 2, 30, checkpoints) as run:
+        run.wait_for(rf"Resuming from .*global_step_{kept}\b")
+        run.wait_for(rf"step:{kept + 3} -")
+        run.kill()
+    assert run.metrics()[0]["step"] == kept + 1
+
+    latest = int(written.read_text())
+    assert latest >= kept + 2
+    with Run(world, "resumed", 2, latest + 2, checkpoints) as run:
+        entries = run.finish()
+        assert re.search(rf"Resuming from .*global_step_{latest}\b", run.text())
+    assert [entry["step"] for entry in entries] == [latest + 1, latest + 2]
+    check_band(entries, workers=2, micro_batches=8, passes=2)
+
+
+def test_critic_reference_entropy_and_off_policy_weights(world):
+    exact = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
+    settings = {
+        "algorithm.adv_estimator": "gae",
+        "critic.model.path": world / "model",
+        "critic.model.use_remove_padding": False,
+        "critic.model.enable_gradient_checkpointing": False,
+        "critic.strategy": "fsdp2",
+        "critic.fsdp.strategy": "fsdp2",
+        "critic.fsdp.dtype": "float32",
+        "critic.fsdp.use_torch_compile": False,
+        "+critic.fsdp.mixed_precision": exact,
+        "critic.ppo_micro_batch_size_per_gpu": 8,
+        "actor_rollout_ref.ref.strategy": "fsdp2",
+        "actor_rollout_ref.ref.fsdp_config.strategy": "fsdp2",
+        "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
+        "+actor_rollout_ref.ref.fsdp_config.mixed_precision": exact,
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 16,
+        f"{ACTOR}.use_kl_loss": True,
+        f"{ACTOR}.kl_loss_coef": 0.01,
+        f"{ACTOR}.entropy_coeff": 0.001,
+        f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum",
+        "actor_rollout_ref.rollout.calculate_log_probs": True,
+        "algorithm.rollout_correction.rollout_is": "token",
+        f"+{ACTOR}.policy_loss.dual_clip": 10,
+    }
+    with Run(world, "critic", 2, 3, settings) as run:
+        entries = run.finish()
+        assert len(re.findall(r"'bandpo' in use in this worker: Band\(.*\), dual_clip=10", run.text())) == 2
+    check_band(entries, workers=2, micro_batches=8, passes=2)
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    for entry in entries:
+        assert entry["critic/vf_loss"] > 0 and entry["actor/entropy_loss"] > 0 and entry["actor/kl_loss"] > 0
+        assert entry["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-3)
+
+
+OLDER = {"trainer.use_v1": False, "algorithm.rollout_correction.bypass_mode": True}
+
+
+@pytest.mark.parametrize("settings", [{}, OLDER], ids=["default-trainer", "older-trainer-in-bypass-mode"])
+def test_learns(world, settings):
+    """The reward is the share of digits; of the 25 characters 10 are digits."""
+    settings = {"actor_rollout_ref.rollout.calculate_log_probs": True, **settings}
+    with Run(world, "learns", 1, 12, settings) as run:
+        entries = run.finish()
+        assert len(re.findall(IN_USE, run.text())) == 1
+    check_band(entries, workers=1, micro_batches=16, passes=2)
+    scores = [entry["critic/score/mean"] for entry in entries]
+    assert len(scores) == 12 and sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.2
+
+
+def test_a_misspelt_argument_ends_the_command_before_ray_starts(world):
+    with Run(world, "misspelt", 1, 1, {f"+{ACTOR}.policy_loss.clip_args": "{delt:0.1}"}) as run:
+        assert run.process.wait(120) == 1
+        assert "has no argument 'delt' (did you mean 'delta'?)" in run.text().replace("\\'", "'")
+        assert "Started a local Ray instance" not in run.text()
