@@ -65,6 +65,24 @@ class RunFolder:
         """The keys of the recipe this folder's run was started with; none when there is no such file."""
         return yaml.safe_load(self._recipe.read_text()) if self._recipe.exists() else {}
 
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Check that the run in this folder, if there is one, was started with these very keys.
+
+        Args:
+            values: the keys of the recipe to go on with.
+
+        Raises:
+            InputError: a key differs; names it.
+        """
+        stored = self.stored_recipe()
+        for key in {**stored, **values} if stored else ():
+            before, now = stored.get(key), values.get(key)
+            if before != now:
+                raise InputError(
+                    f"--resume: {key}={now!r}, but the run in {self.path} was started with {key}={before!r}; set it "
+                    "back, or start another run with --out"
+                )
+
     def create(self, text: str, /, **fields: Any) -> None:
         """Make the folder, with the recipe's text and run.json."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -209,6 +209,21 @@ def read_recipe(name_or_path: str) -> RecipeFile:
     return RecipeFile(name, keys)
 
 
+def merge(values: dict[str, Any], given: dict[str, Any], nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a recipe's keys with those of the command line put over them.
+
+    Args:
+        values: the recipe's.
+        given: the command line's; another clip or task drops the arguments of the recipe's own.
+        nested: the command line's keys within a mapping, such as clip_args.delta, by mapping.
+    """
+    for chooser, args in (("clip", "clip_args"), ("task", "task_args")):
+        if chooser in given and given[chooser] != values.get(chooser):
+            values = {key: value for key, value in values.items() if key != args}
+    values = {**DEFAULTS, **values, **given}
+    return values | {key: {**(values.get(key) or {}), **inner} for key, inner in nested.items()}
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, lay the command line over it, and check every key.
 
@@ -242,12 +257,7 @@ def resolve(recipe: RecipeFile, overrides: Sequence[str] = ()) -> Recipe:
     parser = _Parser()
     values = parser.from_file(recipe)
     given, nested = parser.from_command_line(overrides)
-    for chooser, args in (("clip", "clip_args"), ("task", "task_args")):
-        if chooser in given and given[chooser] != values.get(chooser):
-            values.pop(args, None)
-    values = {**DEFAULTS, **values, **given}
-    for key, inner in nested.items():
-        values[key] = {**(values.get(key) or {}), **inner}
+    values = merge(values, given, nested)
     for key, value in _by_device(values).items():
         values.setdefault(key, value)
     resolved = Recipe(recipe.name, values, tuple(overrides))

@@ -96,7 +96,7 @@ def run(
     folder = RunFolder(out)
     if is_main_process():
         check_folder(out, resume=resume)
-        check_same(folder, recipe)
+        folder.check_same(recipe.values)
     if warmup and recipe.keys.model != TINY:
         raise InputError(f"--warmup: makes {TINY} anew, but the model is {recipe.keys.model!r}; drop one of the two")
     jobs = _jobs(recipe, folder, compare, str(folder.warmup) if warmup else recipe.keys.model, command, shown)
@@ -111,26 +111,6 @@ def run(
                     raise
                 shown.note(f"arm {job.arm} stopped, the others go on: {error}")
         return _finish(folder, shown) if is_main_process() else {}
-
-
-def check_same(folder: RunFolder, recipe: Recipe) -> None:
-    """Check that the run in a folder, if there is one, was started with this very recipe.
-
-    Args:
-        folder: the run's folder.
-        recipe: the recipe to go on with.
-
-    Raises:
-        InputError: a key differs; names it.
-    """
-    stored = folder.stored_recipe()
-    for key in {**stored, **recipe.values} if stored else ():
-        before, now = stored.get(key), recipe.values.get(key)
-        if before != now:
-            raise InputError(
-                f"--resume: {key}={now!r}, but the run in {folder.path} was started with {key}={before!r}; set it "
-                "back, or start another run with --out"
-            )
 
 
 def _jobs(recipe: Recipe, folder: RunFolder, compare: bool, source: str, command: str, display: Display) -> list[Job]:

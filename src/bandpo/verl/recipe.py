@@ -12,7 +12,7 @@ from typing import Any
 
 from bandpo._checks import InputError, check_number, nearest
 from bandpo.clips import get_clip
-from bandpo.train.recipe import DEFAULTS, RecipeFile, RecipeKeys, read_yaml
+from bandpo.train.recipe import DEFAULTS, RecipeFile, RecipeKeys, merge, read_yaml
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
 LOSS = f"{ACTOR}.policy_loss"
@@ -156,12 +156,7 @@ def check_recipe(recipe: RecipeFile, words: Sequence[str] = ()) -> VerlRecipe:
     """
     given, nested, hydra = _command_line(words)
     values = {key: _typed(key, value, f"recipe {recipe.name}: {key}") for key, value in recipe.keys.items()}
-    for chooser, args in (("clip", "clip_args"), ("task", "task_args")):
-        if chooser in given and given[chooser] != values.get(chooser):
-            values.pop(args, None)
-    values = {**DEFAULTS, **values, **given}
-    for key, inner in nested.items():
-        values[key] = {**(values.get(key) or {}), **inner}
+    values = merge(values, given, nested)
     for key in REQUIRED:
         if values.get(key) is None:
             raise InputError(f"recipe {recipe.name}: {key} is missing; TRL's default is not verl's, so give it")

@@ -69,7 +69,7 @@ def run(recipe: VerlRecipe, *, out: Path, resume: bool, command: str, display: D
     info = folder.info() if resume else {}
     if resume and not info:
         display.note(f"{out}: no run there yet, so --resume starts one")
-    check_same(folder, recipe)
+    folder.check_same(recipe.values)
     if info.get("status") != "done":
         check_engine(recipe)
         task, plain = make_task(recipe)
@@ -113,26 +113,6 @@ def make_place(recipe: VerlRecipe, out: Path, *, plain: bool, make: bool, **star
     address = recipe.ours["ray_address"] or os.environ.get("RAY_ADDRESS")
     found = model_config(source)
     return Place(out=out, model=source, plain=plain, log=log, model_config=found, address=address, **start)
-
-
-def check_same(folder: RunFolder, recipe: VerlRecipe) -> None:
-    """Check that the run in a folder, if there is one, was started with this very recipe.
-
-    Args:
-        folder: the run's folder.
-        recipe: the recipe to go on with.
-
-    Raises:
-        InputError: a key differs; names it.
-    """
-    stored = folder.stored_recipe()
-    for key in {**stored, **recipe.values} if stored else ():
-        before, now = stored.get(key), recipe.values.get(key)
-        if before != now:
-            raise InputError(
-                f"--resume: {key}={now!r}, but the run in {folder.path} was started with {key}={before!r}; set it "
-                "back, or start another run with --out"
-            )
 
 
 def check_engine(recipe: VerlRecipe) -> None:
