@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import bandpo
-from bandpo import plots, solve
+from bandpo import plots
 from bandpo.divergences import by_tail
 from bandpo.family import FAMILY
+from bandpo.side import Side
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +46,9 @@ def errors(name: str, most: int = 8) -> list[float]:
 
     def after(steps: int) -> Tensor:
         def tail(shrink: Tensor, grow: Tensor, delta: Tensor) -> Tensor:
-            return solve._Side(divergence, shrink, grow, delta).fall(steps).mul_(shrink)
+            return Side(divergence, shrink, grow, delta).fall(steps).mul_(shrink)
 
-        low, high = by_tail(tail, divergence.shape.growth)(log_p, delta, delta)
+        low, high = by_tail(tail, divergence.shape)(log_p, delta, delta)
         return torch.stack([low.clamp(max=0.0), torch.minimum(high.clamp(min=0.0), -log_p)])
 
     exact = after(ENOUGH)

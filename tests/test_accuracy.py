@@ -7,7 +7,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from exact import AT_ZERO, NAMES, F, exact_bounds
+from exact import AT_ZERO, NAMES, F, cressie_read, exact_bounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +131,16 @@ OWN = {
     ),
     "skew": (lambda u: torch.maximum(3 * (u - 1), 1 - u), lambda u: max(3 * (u - 1), 1 - u), 1),
     "hockey stick": (lambda u: (u - 2).clamp(min=0), lambda u: max(u - 2, mp.mpf(0)), 0),
+    "bent above": (
+        lambda u: (u - 1) ** 2 / (u + 1) + 3 * (u - 2).clamp(min=0),
+        lambda u: (u - 1) ** 2 / (u + 1) + 3 * max(u - 2, mp.mpf(0)),
+        1,
+    ),
+    "steeply bent below": (
+        lambda u: (u - 1) ** 2 / 1000 + 30 * (0.9 - u).clamp(min=0),
+        lambda u: (u - 1) ** 2 / 1000 + 30 * max(mp.mpf(0.9) - u, mp.mpf(0)),
+        mp.mpf("0.001") + 30 * mp.mpf(0.9),
+    ),
 }
 
 
@@ -148,6 +158,39 @@ def test_any_f_is_solved_as_far_as_it_has_digits(name, monkeypatch):
             for got, want in zip((bounds.log_low[i], bounds.log_high[i]), exact_bounds(name, x, delta), strict=True):
                 if want > -600:  # beyond, u is 0 in any arithmetic
                     assert abs(got.item() - want) <= 5e-6 * abs(want), (x, delta, got.item(), float(want))
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "alpha:1.01", "alpha:0.99", "js", "alpha:3", "kl"])
+def test_upper_bounds_of_the_rarest_tokens(name, monkeypatch):
+    """Down to log p = -1e4, where p itself underflows and u log u is no power of u."""
+    if name not in F:
+        monkeypatch.setitem(F, name, cressie_read(mp.mpf(name.removeprefix("alpha:"))))
+        monkeypatch.setitem(AT_ZERO, name, 1 / mp.mpf(name.removeprefix("alpha:")))
+    for dtype in (torch.float32, torch.float64):
+        log_p = torch.tensor([-9984.0, -3000.0, -1000.0, -700.0, -200.0, -87.5], dtype=dtype)
+        for delta in (1e-6, 0.05, 20.0):
+            got = bandpo.band(log_p, delta, name).log_high.tolist()
+            for x, high in zip(log_p.tolist(), got, strict=True):
+                assert abs(high / exact_bounds(name, x, delta)[1] - 1) < 1e-6, (x, delta, high)
+
+
+@pytest.mark.parametrize(
+    "name", ["js", "reverse_kl", "alpha:0.5", "alpha:-1.5", "alpha:3", "alpha:10", "lecam", "-log u"]
+)
+@pytest.mark.parametrize("delta", [1e-6, 0.05, (0.3, 0.01), 20.0], ids=str)
+def test_many_tokens_at_one_radius_have_the_digits_of_each_alone(name, delta):
+    """Where interpolation takes over: against the solver in float64, which is held to 60 digits above."""
+    divergence = bandpo.Divergence(name, OWN[name][0]) if name in OWN else name
+    torch.manual_seed(0)
+    log_p = -torch.exp(torch.empty(40_000).uniform_(math.log(1e-7), math.log(1000)))
+    edge = torch.log(1e-6 * torch.linspace(0.501, 3, 1000))  # where ratio 0 comes within reach at delta 1e-6
+    log_p = torch.cat([log_p, edge])
+    many, alone = bandpo.band(log_p, delta, divergence), bandpo.band(log_p.double(), delta, divergence)
+    lowest = -60.0  # below, the ratio is 0 for any use
+    pairs = (many.log_low.clamp(min=lowest), alone.log_low.clamp(min=lowest)), (many.log_high, alone.log_high)
+    for got, want in pairs:
+        torch.testing.assert_close(got.double(), want, rtol=3e-6, atol=0)
+    assert (many.log_high + log_p <= 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,6 +15,8 @@ ORDER = [
     "shape",
     "divergences",
     "family",
+    "side",
+    "table",
     "solve",
     "bounds",
     "certificate",

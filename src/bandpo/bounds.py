@@ -89,7 +89,9 @@ def band(
     log_p = old_logps.to(working_dtype(old_logps))
     largest = torch.finfo(log_p.dtype).max
     log_p = log_p.nan_to_num(nan=0.0, neginf=-largest).clamp_(max=0.0)
-    delta_low, delta_high = (delta_like(d, log_p, wide=True) for d in check_delta(delta))
+    low, high = check_delta(delta)
+    delta_low = delta_like(low, log_p, wide=True)
+    delta_high = delta_low if high is low else delta_like(high, log_p, wide=True)
     log_low, log_high = solve.log_bounds(divergence, log_p, delta_low, delta_high)
     log_low = log_low.clamp(-largest, 0.0)
     log_high = torch.minimum(log_high.clamp(min=0.0), -log_p)

@@ -120,31 +120,49 @@ class Divergence:
 
 
 def by_tail(
-    tail: Callable[[Tensor, Tensor, Tensor], Tensor], growth: float = 1.0, reach: float = 690.0
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    tail: Callable[[Tensor, Tensor, Tensor], Tensor], shape: Shape | None = None
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the `bounds` of a divergence whose one-sided problem has a solution of its own.
 
     One side of the band is: an outcome of probability A shrinks by the factor e^-w and the other, of probability
-    B = 1 - A, takes up the mass. The lower bound is (A, B) = (p, 1-p) with log r = -w; by the mirror identity
-    r_low(p) = (1 - (1-p) r_high(1-p)) / p the upper bound is (A, B) = (1-p, p).
+    B = 1 - A, takes up its mass, until the divergence is delta. That is the lower bound with A = p and, by the mirror
+    identity, the upper one with A = 1 - p.
 
     Args:
-        tail: `(A, B, delta) -> A w`, which stays finite as A -> 0; inf where the region reaches the simplex's end.
-        growth: the power with which f grows: for tiny p the upper bound goes as p^(-1/growth).
-        reach: as in `Shape`.
+        tail: `(A, B, delta) -> A w`, where the region reaches the simplex's end inf.
+        shape: of f; only its `growth`, `reach` and `far` count, those of kl when None.
 
     Returns:
         `(log_p, delta_low, delta_high) -> (log_low, log_high)`.
     """
+    shape = shape or Shape(math.inf)
 
     def bounds(log_p: Tensor, delta_low: Tensor, delta_high: Tensor) -> tuple[Tensor, Tensor]:
-        # Below p = e^-87 (float32) or e^-690 the upper bound is a power law, so the rest of log p is added at the end,
-        # and r_low is zero for any use: it saturates.
-        floor = log_p.clamp(min=-87.0 if log_p.dtype == torch.float32 else -reach)
-        p, rest = torch.exp(floor), expm1(floor).neg_().clamp_(min=TINY)
+        floor, rest = floored(log_p, shape.reach)
+        p = torch.exp(floor)
         low = tail(p, rest, delta_low).div_(p).neg_()
         w = tail(rest, p, delta_high).div_(rest).neg_()
         minus_rise = expm1(w, out=w).mul_(rest).div_(p)
-        return low, minus_rise.neg_().log1p_().add_((floor - log_p).div_(growth))
+        return low, continued(minus_rise.neg_().log1p_(), floor, log_p, shape)
 
     return bounds
+
+
+def floored(log_p: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """Return log p, at least what the dtype and an f up to e^reach can work with, and 1 - p, at least `TINY`."""
+    floor = log_p.clamp(min=-87.0 if log_p.dtype == torch.float32 else -reach)
+    return floor, expm1(floor).neg_().clamp_(min=TINY)
+
+
+def continued(log_high: Tensor, floor: Tensor, log_p: Tensor, shape: Shape) -> Tensor:
+    """Return the upper bound at p, given that at e^floor: below it p f(r) is the same for all p.
+
+    The lower bound needs nothing of the kind: its ratio is zero for any use, long before.
+    """
+    if shape.far is None:  # a power law
+        return log_high.add_((floor - log_p).div_(shape.growth))
+    far, rest = shape.far(log_high), floor - log_p
+    y = torch.add(log_high, rest, alpha=1 / shape.growth)
+    for _ in range(2):
+        y = y - (y - log_high + shape.far(y) - far - rest) / shape.growth
+    return y

@@ -130,7 +130,13 @@ def alpha_divergence(a: float, name: str = "", **closed: Any) -> Divergence:
     radius = 0.1 / max(1.0, abs(a))
     growth = max(a, 1.0)
     at_zero, fall = (1 / a, min(a, 1.0)) if a > 0 else (math.inf, max(-a, 1e-9))
-    shape = Shape(at_zero, 1.0, fall, growth, reach=600 / growth)
+
+    def far(log_u: Tensor) -> Tensor:  # for a near 1, where u^a is no power law before u overflows
+        y = log_u.clamp(min=9.0)
+        return torch.log((y if a == 1 else torch.expm1((a - 1) * y) / (a - 1)) - 1)
+
+    near_one, smooth = abs(a - 1) < 0.03, -20 <= a <= 10
+    shape = Shape(at_zero, 1.0, fall, growth, 600 / growth, smooth=smooth, far=far if near_one else None)
     return Divergence(name or f"alpha:{a:g}", f, term, tuple(series), radius, shape=shape, **closed)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from bandpo._checks import InputError
 
 SMALLEST = 1e-300  # stands for u = 0, where many an f computes 0 * inf
+BEND = 0.005  # step of the search for bends of f, in log |u - 1|
 
 
 class Shape(NamedTuple):
@@ -24,6 +25,8 @@ class Shape(NamedTuple):
         growth: the power of u with which f grows for large u.
         reach: log of a u up to which f is finite, and nothing in it overflows.
         slope: f'(1); f less slope times (u - 1) is the same divergence, and no longer loses digits near u = 1.
+        smooth: whether f has no bend or flat piece but at u = 1. Where it has, the solver halves, which is slow.
+        far: log(f(u) / u) as a function of log u, for an f of this family that is no power of u for large u; or None.
     """
 
     at_zero: float
@@ -32,6 +35,8 @@ class Shape(NamedTuple):
     growth: float = 1.0
     reach: float = 690.0
     slope: float = 0.0
+    smooth: bool = True
+    far: Callable[[Tensor], Tensor] | None = None
 
 
 def read_shape(name: str, f: Callable[[Tensor], Tensor]) -> Shape:
@@ -71,7 +76,25 @@ def read_shape(name: str, f: Callable[[Tensor], Tensor]) -> Shape:
     growth = round((_log(at(reach)) - _log(at(reach / 2))) / (reach / 2), 2)  # of u log u it is 1
     curvature = max((at(1e-3) + at(-1e-3)) * 1e6, 0.0)
     fall = 1.0 if fall <= 0 or 0.8 < fall < 1.25 else min(max(fall, 1e-4), 50.0)
-    return Shape(at_zero, curvature, fall, min(max(growth, 1.0), 50.0), reach, slope)
+    shape = Shape(at_zero, curvature, fall, min(max(growth, 1.0), 50.0), reach, slope)
+    return shape._replace(smooth=curvature > 0 and _is_smooth(f, shape))
+
+
+def _is_smooth(f: Callable[[Tensor], Tensor], shape: Shape) -> bool:
+    """Return whether log f is smooth, over the coordinates of the solver, on both sides of u = 1.
+
+    By its third differences, a step h apart: h^3 or less for the family, h^2 at a jump of f'', h at a bend of f.
+    """
+    rise = torch.exp(torch.arange(-6.0, 29.0, BEND, dtype=torch.float64, device="cpu"))
+    w = torch.log1p(shape.fall * rise) / shape.fall
+    w = w[w < 29.0]
+    sides = []
+    for u, x in ((1 + rise, rise), (torch.exp(-w), torch.expm1(-w))):
+        sides.append(f(u) - shape.slope * x)
+    near_end = shape.at_zero - sides[1]
+    if math.isfinite(shape.at_zero):
+        sides[1] = (sides[1] / near_end)[near_end > 1e-6 * shape.at_zero]
+    return all(bool((x.log().diff(n=3).abs() < 4 * BEND**3).all()) for x in sides)
 
 
 def _log(x: float) -> float:
