@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "bandpo"
 ORDER = [
     "_checks",
+    "arithmetic",
     "move",
     "shape",
     "divergences",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bandpo._checks import InputError
-from bandpo.move import LARGE, TINY, Move, expm1
+from bandpo.arithmetic import expm1
+from bandpo.move import LARGE, TINY, Move
 from bandpo.shape import SMALLEST, Shape, read_shape
 
 

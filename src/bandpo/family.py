@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bandpo._checks import InputError, check_number, nearest
+from bandpo.arithmetic import expm1, log1p
 from bandpo.divergences import Divergence, by_tail
-from bandpo.move import LARGE, Move, above, expm1
+from bandpo.move import LARGE, Move, above
 from bandpo.shape import Shape
 
 SMALL_DELTA = 4e-3  # see `_kl_tail`
@@ -23,7 +24,7 @@ def _kl_binary(move: Move) -> Tensor:
     del p
     minus_rest = move.minus_rest()
     x.div_(minus_rest).clamp_(-1.0, LARGE)
-    return x.log1p_().mul_(minus_rest).sub_(weighted)
+    return log1p(x).mul_(minus_rest).sub_(weighted)
 
 
 def _tv_binary(move: Move) -> Tensor:
@@ -55,7 +56,7 @@ def _kl_tail(shrink: Tensor, grow: Tensor, delta: Tensor) -> Tensor:
         minus_m = expm1(minus_m, out=minus_m)
         x = shrink * minus_m
         slope = torch.add(x, minus_grow).div_(minus_m)  # dv = (q / m) dF, with q = B + A m
-        excess = torch.addcmul(u, x.div_(minus_grow).log1p_(), minus_grow)
+        excess = torch.addcmul(u, log1p(x.div_(minus_grow)), minus_grow)
         u.addcmul_(excess, slope, value=-1.0)
     if shrink.dtype == torch.float32:
         u.addcmul_(near.sub_(u), small)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bandpo.arithmetic import exp, expm1
+
 LARGE = 3e38  # stands for infinity where inf * 0 would make a NaN; float32 can hold it
 TINY = 1.2e-38  # stands for 0 under a division; smaller numbers are subnormal, a hundred times as slow on a CPU
 
@@ -44,7 +46,7 @@ class Move:
 
     def p(self) -> Tensor:
         """Return p."""
-        return keep(*self._inputs[1:]).exp_()
+        return exp(keep(*self._inputs[1:]))
 
     def minus_rest(self) -> Tensor:
         """Return -(1 - p), with all its digits near p = 1, at most -`TINY`."""
@@ -84,23 +86,3 @@ def keep(x: Tensor, mask: Tensor | None) -> Tensor:
 def above(x: Tensor, limit: float | Tensor) -> Tensor:
     """Return 1.0 where x > limit, else 0.0: in the dtype of `x`, eight times as fast on a CPU as a bool tensor."""
     return torch.gt(x, limit, out=torch.empty_like(x))
-
-
-def expm1(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return e^x - 1 with all its digits near 0.
-
-    Under `torch.compile` by its series near 0, because Inductor's CPU code evaluates expm1 as exp(x) - 1.
-
-    Args:
-        x: float32 or float64 tensor.
-        out: where to put the result; `x` itself is allowed.
-
-    Returns:
-        The result; a new tensor under `torch.compile`.
-    """
-    if not torch.compiler.is_compiling():
-        return torch.expm1(x, out=out)
-    series = torch.ones_like(x)
-    for n in range(8 if x.dtype == torch.float32 else 15, 1, -1):
-        series = 1 + x * (1.0 / n) * series
-    return torch.where(x.abs() < 0.5, x * series, torch.exp(x) - 1)
