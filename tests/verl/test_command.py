@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -12,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from verl.utils.config import omega_conf_to_dataclass
+from verl_support import PATIENCE
 
+from bandpo import Band
 from bandpo.diagnostics import BUCKETS
-from bandpo.train.recipe import read_recipe
+from bandpo.engines.verl import BandLossConfig
+from bandpo.train.recipe import RecipeFile, read_recipe, read_yaml
 from bandpo.verl.failure import known_keys
 from bandpo.verl.recipe import OWNED, check_recipe
-from bandpo.verl.run import check_engine, make_place
-from bandpo.verl.translate import literal, overrides
+from bandpo.verl.run import check_engine, check_keys, make_place
+from bandpo.verl.translate import LOSSES, literal, overrides
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "verl.md").read_text("utf-8")
 
 SHORT = ["--max_steps", "16", "--save_steps", "8", "--eval_every", "8", "--eval_prompts", "8"]  # two rollouts
 
@@ -55,21 +64,57 @@ def test_verl_takes_every_word_and_checks_them(tmp_path: Path) -> None:
     assert config.data.train_batch_size * rollout.n == 2 * 16 * 8 and actor.ppo_mini_batch_size * rollout.n == 32
     assert actor.use_kl_loss and actor.ppo_epochs == 2
 
-    from verl.utils.config import omega_conf_to_dataclass
-
     loss = omega_conf_to_dataclass(actor.policy_loss)
-    assert type(loss).__name__ == "BandLossConfig" and loss.region.delta == 0.05
+    assert type(loss) is BandLossConfig and loss.region.delta == 0.05
+
+
+def test_a_recipe_without_loss_type_and_clip_gets_the_defaults_of_both(tmp_path: Path) -> None:
+    file = read_recipe("verl-demo")
+    keys = {key: value for key, value in file.keys.items() if key not in ("loss_type", "clip", "clip_args")}
+    recipe = check_recipe(RecipeFile("bare", keys))
+    config = composed(overrides(recipe, make_place(recipe, tmp_path, plain=True, make=False)))
+    assert config.actor_rollout_ref.actor.loss_agg_mode == LOSSES["dapo"]
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).region == Band()
+
+
+def test_verl_takes_the_example_with_a_critic(tmp_path: Path) -> None:
+    recipe = check_recipe(read_recipe(str(ROOT / "examples" / "rlhf_verl.yaml")))
+    check_engine(recipe)
+    config = composed(overrides(recipe, make_place(recipe, tmp_path, plain=True, make=False)))
+    assert config.algorithm.adv_estimator == "gae" and config.critic.strategy == config.critic.fsdp.strategy == "fsdp2"
+    assert config.critic.model.path == config.actor_rollout_ref.model.path
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).region == Band("kl", 0.05)
+    omega_conf_to_dataclass(config.critic)
+
+
+def test_the_pages_three_words_put_the_clip_in() -> None:
+    (block,) = re.findall(r"^```text\n(actor_rollout_ref.*?)^```$", PAGE, re.M | re.S)
+    words = shlex.split(block)
+    assert len(words) == 3
+    loss = omega_conf_to_dataclass(composed(words).actor_rollout_ref.actor.policy_loss)
+    assert type(loss) is BandLossConfig and loss.region == Band("kl", 0.05, cap=10.0)
+
+
+def test_the_pages_settings_are_keys_that_verl_has(tmp_path: Path) -> None:
+    blocks = [text for text in re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.M | re.S) if "kind: RayJob" not in text]
+    assert len(blocks) == 2
+    for text in blocks:
+        recipe = check_recipe(RecipeFile("page", read_recipe("demo").keys | read_yaml(text, "page")))
+        place = make_place(recipe, tmp_path, plain=True, make=False)
+        check_keys([key for key, _ in recipe.own])
+        assert composed(overrides(recipe, place)).actor_rollout_ref.actor.use_dynamic_bsz is True
 
 
 def test_the_keys_that_are_the_recipes_own_exist() -> None:
     known = known_keys()
     added = {"clip", "clip_args"}  # by bandpo's configuration of the loss
-    assert len(known) > 500 and [key for key in OWNED if key not in known and key.split(".")[-1] not in added] == []
+    assert len(known) > 500 and set(known) < set(known_keys(every_engine=True))
+    assert [key for key in OWNED if key not in known and key.split(".")[-1] not in added] == []
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bandpo", "verl", *words], capture_output=True, text=True, timeout=420,
+        [sys.executable, "-m", "bandpo", "verl", *words], capture_output=True, text=True, timeout=PATIENCE,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from verl.trainer.ppo import core_algos
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
@@ -255,6 +260,53 @@ def test_unknown_keywords_are_not_swallowed():
         run(LOSS_MODE, actor(BandLossConfig()), make_batch(2, 3), brand_new=1)
 
 
+class MovesToHost(TorchDispatchMode):
+    """Counts what would wait for a GPU: values read on the host, and shapes that depend on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        picked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += picked or name in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+class WholeTensors(TorchFunctionMode):
+    """Counts the moves of whole tensors, which on a CPU call no operator."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in ("tolist", "cpu", "numpy")
+        return func(*args, **(kwargs or {}))
+
+
+def moves(config: Any, mode: str, batch: dict[str, Tensor]) -> int:
+    with MovesToHost() as values, WholeTensors() as whole:
+        core_algos.get_policy_loss_fn(mode)(**batch, loss_agg_mode="token-mean", config=config)
+    return values.count + whole.count
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_args": {"divergence": "js"}}, {"clip": "fixed"}, {"dual_clip": 10}])
+def test_one_move_to_the_host_more_than_verls_own_loss(clip):
+    batch = make_batch(4, 8)
+    assert 1 <= moves(actor(), "vanilla", batch) == moves(actor(BandLossConfig(**clip)), LOSS_MODE, batch) - 1
+
+
+def test_verl_finds_the_loss_by_its_entry_point():
+    """verl loads plug-ins as it is imported, and says nothing where one fails."""
+    code = (
+        "import verl; from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as found\n"
+        "print(getattr(found.get('bandpo'), '__module__', None))"
+    )
+    for policy, module in (("auto", "bandpo.engines.verl"), ("none", "None")):
+        environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": policy}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.stdout.split()[-1:] == [module], done.stderr
+
+
 def test_says_once_that_it_is_in_use(capsys):
     config = actor(BandLossConfig(clip_args={"delta": 0.02}))
     for _ in range(2):
@@ -279,7 +331,11 @@ def test_seam_fits_and_a_moved_one_is_named(monkeypatch):
     def scalar(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights):
         return -(advantages * (log_prob - old_log_prob).exp().clamp(0.8, 1.2)).mean(), {}
 
-    monkeypatch.setattr(core_algos, "compute_policy_loss_vanilla", scalar)
+    monkeypatch.delattr(core_algos, "compute_policy_loss_vanilla")
+    with pytest.raises(InputError, match=r"compute_policy_loss_vanilla.*verl==0\.9\.1"):
+        check_seam()
+
+    monkeypatch.setattr(core_algos, "compute_policy_loss_vanilla", scalar, raising=False)
     with pytest.raises(InputError, match=r"does not clamp with bounds per token.*verl==0\.9\.1"):
         check_seam()
     found = next(e for e in doctor.examine()["engines"] if e["name"] == "verl")

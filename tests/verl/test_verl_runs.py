@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from verl_support import Run, make_world
+from verl_support import PATIENCE, Run, make_world
+
+from bandpo.verl.failure import explain
 
 IN_USE = r"\(WorkerDict pid=(\d+)\).{0,10} bandpo: policy loss 'bandpo' in use in this worker: (.*), dual_clip=None"
 ACTOR = "actor_rollout_ref.actor"
@@ -50,10 +51,9 @@ def test_two_workers_survive_a_lost_worker_and_a_kill(world):
         workers = {int(pid) for pid, _ in found}
         assert len(workers) == len(found) == 2 and found[0][1] == "Band(divergence='tv', delta=0.02, cap=10.0)"
         os.kill(workers.pop(), signal.SIGKILL)
-        lost = time.monotonic()
-        assert run.process.wait(120) != 0  # the run stops, and at once
-        assert time.monotonic() - lost < 60
+        assert run.process.wait(PATIENCE) != 0  # the run stops by itself; on an idle machine within seconds
         assert re.search(r"ActorDiedError|The actor died unexpectedly", run.text()), run.tail()
+        assert explain(run.text()).startswith("a worker was lost"), explain(run.text())
     check_band(run.metrics(), workers=2, micro_batches=8, passes=2)
     kept = int(written.read_text())
     assert kept >= 2 and len(list((world / "checkpoints").glob(f"global_step_{kept}/actor/optim_*.pt"))) == 2
@@ -126,6 +126,6 @@ def test_learns(world, settings):
 
 def test_a_misspelt_argument_ends_the_command_before_ray_starts(world):
     with Run(world, "misspelt", 1, 1, {f"+{ACTOR}.policy_loss.clip_args": "{delt:0.1}"}) as run:
-        assert run.process.wait(120) == 1
+        assert run.process.wait(PATIENCE) == 1
         assert "has no argument 'delt' (did you mean 'delta'?)" in run.text().replace("\\'", "'")
         assert "Started a local Ray instance" not in run.text()

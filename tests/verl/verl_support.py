@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-PATIENCE = 420.0  # seconds; a start takes 40 of them on two idle cores
+PATIENCE = 900.0  # seconds, for a machine that does other things too; a start takes 40 on two idle cores
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):
     text = solution_str.replace("<|im_end|>", "")
@@ -118,6 +119,7 @@ def overrides(folder: Path, workers: int, steps: int) -> dict[str, Any]:
         "ray_kwargs.ray_init.num_cpus": 16,  # logical ones; verl asks for more than three a worker
         "+ray_kwargs.ray_init.num_gpus": workers,
         "+ray_kwargs.ray_init.include_dashboard": False,
+        "+ray_kwargs.ray_init.address": "local",  # not a cluster that somebody else has started here
         f"{actor}.policy_loss._target_": "bandpo.engines.verl.BandLossConfig",
         f"{actor}.policy_loss.loss_mode": "bandpo",
         f"+{actor}.policy_loss.clip": "band",
@@ -154,10 +156,19 @@ class Run:
         self.kill()
 
     def kill(self) -> None:
-        """End it at once, as a lost machine would; Ray's daemons go when they miss the driver."""
-        if self.process.poll() is None:
-            os.kill(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        """End it at once, as a lost machine would: driver, daemons and workers; afterwards none of them writes."""
+        left = [process for process in psutil.process_iter() if self._is_ours(process)]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        assert not psutil.wait_procs(left, timeout=60)[1]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        """Whether it has inherited this run's environment, in which the log's name stands for the run."""
+        with contextlib.suppress(psutil.Error):
+            return process.environ().get("VERL_FILE_LOGGER_PATH") == str(self.file)
+        return False
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -182,5 +193,6 @@ class Run:
         return self.metrics()
 
     def metrics(self) -> list[dict[str, float]]:
-        entries = [json.loads(line) for line in self.file.read_text().splitlines()]
+        whole = self.file.read_text().rpartition("\n")[0]  # a run that was killed may have been writing
+        entries = [json.loads(line) for line in whole.splitlines()]
         return [{"step": entry["step"], **entry["data"]} for entry in entries if "actor/pg_loss" in entry["data"]]

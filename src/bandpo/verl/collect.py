@@ -145,7 +145,9 @@ class Collector:
 def step_record(data: dict[str, Any]) -> dict[str, float]:
     """Return verl's metrics of one rollout under the names of `bandpo train` where it has them.
 
-    The clip's shares are sums over tokens divided by each other, so every token of the rollout counts once.
+    The clip's shares are sums over tokens divided by each other. verl averages the sums over micro-batches, so every
+    token of the rollout counts once where all updates have equally many of them; ``use_dynamic_bsz`` does not promise
+    that, and the tokens of an update with fewer micro-batches then weigh more.
 
     Args:
         data: verl's metrics.

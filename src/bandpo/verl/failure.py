@@ -38,23 +38,28 @@ def explain(log: str) -> str:
     """
     lines = [_PROCESS.sub("", line) for line in _COLOUR.sub("", log).replace("\r", "\n").splitlines()]
     text = "\n".join(lines)
-    for reason in (_hydra, _few_gpus, _no_ray, _lost, _rollout, _own_error):
+    for reason in (_refused, _hydra, _few_gpus, _lost, _no_ray, _rollout, _own_error):
         if found := reason(lines, text):
             return " ".join(found.split())
     last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
     return " ".join(last.split())[:300]
 
 
-def known_keys() -> list[str]:
-    """Return the keys of the installed verl's configuration, with dots; none without verl."""
+def known_keys(*, every_engine: bool = False) -> list[str]:
+    """Return the keys of the installed verl's configuration, with dots; none without verl.
+
+    Args:
+        every_engine: whether to add those that only Megatron's and the other engines' configurations have.
+    """
     import yaml
 
     found = importlib.util.find_spec("verl")
     if found is None or not found.submodule_search_locations:
         return []
-    path = Path(found.submodule_search_locations[0]) / "trainer" / "config" / "_generated_ppo_trainer.yaml"
+    folder = Path(found.submodule_search_locations[0]) / "trainer" / "config"
+    files = folder.glob(f"_generated_ppo_{'*' if every_engine else ''}trainer.yaml")
     try:
-        return _names(yaml.safe_load(path.read_text("utf-8")))
+        return list(dict.fromkeys(name for file in files for name in _names(yaml.safe_load(file.read_text("utf-8")))))
     except (OSError, yaml.YAMLError):  # a later verl may have it elsewhere; the hint alone is lost
         return []
 
@@ -71,6 +76,11 @@ def _names(config: dict[str, Any], before: str = "") -> list[str]:
         if isinstance(value, dict):
             found += _names(value, f"{before}{key}.")
     return found
+
+
+def _refused(lines: list[str], text: str) -> str | None:
+    """What bandpo itself raised in a process of verl's; the others then lose that process."""
+    return _own_error([line for line in lines if line.startswith("bandpo._checks.InputError: ")], "")
 
 
 def _hydra(lines: list[str], text: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bandpo._checks import InputError, check_number, nearest
 from bandpo.clips import get_clip
+from bandpo.engines._margins import CLIP
 from bandpo.train.recipe import DEFAULTS, RecipeFile, RecipeKeys, merge, read_yaml
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
@@ -156,7 +157,7 @@ def check_recipe(recipe: RecipeFile, words: Sequence[str] = ()) -> VerlRecipe:
     """
     given, nested, hydra = _command_line(words)
     values = {key: _typed(key, value, f"recipe {recipe.name}: {key}") for key, value in recipe.keys.items()}
-    values = merge(values, given, nested)
+    values = {"clip": CLIP, **merge(values, given, nested)}
     for key in REQUIRED:
         if values.get(key) is None:
             raise InputError(f"recipe {recipe.name}: {key} is missing; TRL's default is not verl's, so give it")
@@ -279,7 +280,7 @@ def _typed(key: str, value: Any, where: str) -> Any:
 def _check(recipe: VerlRecipe) -> None:
     """What can be said about a recipe without a task or a model."""
     get = recipe.get
-    get_clip(get("clip") or "band", **(get("clip_args") or {}))
+    get_clip(get("clip"), **(get("clip_args") or {}))
     for key in ("num_generations", "per_device_train_batch_size", "max_completion_length", "eval_prompts"):
         check_number(key, get(key), 1)
     for key in ("steps_per_generation", "gradient_accumulation_steps", "num_iterations", "eval_samples"):

@@ -161,12 +161,12 @@ def check_keys(words: list[str]) -> None:
     Raises:
         InputError: a key is not there; names the nearest one.
     """
-    known = known_keys()
-    if not known or any("." not in bare(word) for word in words):  # a group, which brings other keys
-        return
-    for word in words:
-        if not word.startswith("+") and bare(word) not in known and not word.startswith("hydra."):
-            raise InputError(f"{bare(word)}: {no_such_key(bare(word), known)}")
+    groups = [key for key in map(bare, words) if "." not in key or "@" in key]
+    known = known_keys(every_engine=bool(groups))
+    below = ("hydra.", *(f"{group.partition('@')[2] or group}." for group in groups))  # a group brings keys of its own
+    for key in (bare(word) for word in words if known and not word.startswith("+")):
+        if key not in known and key not in groups and not key.startswith(below):
+            raise InputError(f"{key}: {no_such_key(key, known)}")
 
 
 def check_address(address: str) -> None:
@@ -354,7 +354,7 @@ def _facts(recipe: VerlRecipe, command: str) -> dict[str, Any]:
         "seed": recipe.get("seed") or 0,
         "machine": machine(),
         "commit": commit(),
-        "clip": recipe.get("clip") or "band",
+        "clip": recipe.get("clip"),
         "clip_args": recipe.get("clip_args") or {},
         "task": recipe.get("task"),
         "model": recipe.get("model"),

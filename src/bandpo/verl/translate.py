@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bandpo._checks import InputError, nearest
+from bandpo.verl import LOSS_MODE, TARGET
 from bandpo.verl.recipe import ACTOR, DIRECT, LOSS, MODEL, ROLLOUT, Schedule, VerlRecipe, bare, schedule
 
 LOSSES = {"dapo": "token-mean", "grpo": "seq-mean-token-mean", "dr_grpo": "seq-mean-token-sum-norm"}
@@ -138,15 +139,12 @@ def literal(value: Any) -> str:
 
 
 def _loss(recipe: VerlRecipe) -> dict[str, Any]:
-    mode = recipe.get("loss_type") or "dapo"
-    beta, scale = recipe.get("beta"), recipe.get("scale_rewards")
-    lines = {
-        f"{LOSS}._target_": "bandpo.engines.verl.BandLossConfig",
-        f"{LOSS}.loss_mode": "bandpo",
-        f"+{LOSS}.clip": recipe.get("clip") or "band",
-        **({f"+{LOSS}.clip_args": recipe.get("clip_args")} if recipe.get("clip_args") else {}),
-        f"{ACTOR}.loss_agg_mode": _choice("loss_type", mode, LOSSES),
-    }
+    mode, beta, scale = recipe.get("loss_type"), recipe.get("beta"), recipe.get("scale_rewards")
+    lines = {f"{LOSS}._target_": TARGET, f"{LOSS}.loss_mode": LOSS_MODE, f"+{LOSS}.clip": recipe.get("clip")}
+    if recipe.get("clip_args"):
+        lines[f"+{LOSS}.clip_args"] = recipe.get("clip_args")
+    if mode is not None:  # the two have the same default
+        lines[f"{ACTOR}.loss_agg_mode"] = _choice("loss_type", mode, LOSSES)
     if mode == "dr_grpo":
         lines[f"{ACTOR}.loss_scale_factor"] = recipe.get("max_completion_length")
     if beta:
@@ -213,7 +211,8 @@ def _engine(recipe: VerlRecipe, plan: Schedule, address: str | None) -> dict[str
     if address:
         lines["+ray_kwargs.ray_init.address"] = address
     elif recipe.get("use_cpu"):
-        # verl asks Ray for GPUs; on CPU each worker takes one that exists in Ray's books only.
+        # A Ray of its own: verl asks for GPUs, and on CPU each worker takes one that exists in Ray's books only.
+        lines["+ray_kwargs.ray_init.address"] = "local"
         lines["ray_kwargs.ray_init.num_cpus"] = 8 * plan.workers
         lines |= {"+ray_kwargs.ray_init.num_gpus": plan.workers, "+ray_kwargs.ray_init.include_dashboard": False}
     return lines
