@@ -9,10 +9,18 @@ READY := $(VENV)/.ready
 VERL_VENV := .venv-verl
 VERL_READY := $(VERL_VENV)/.ready
 VERL ?= verl==0.9.1 TransferQueue==0.1.11 tensordict==0.10.0 ray==2.60.0 transformers==5.10.4
+# SkyRL needs Python 3.12 or newer; its loss needs these few packages of the many that it asks for.
+PYTHON312 ?= $(shell for p in python3.12 python3.13 "$$HOME"/.pyenv/versions/3.1[2-9]*/bin/python; do \
+  "$$p" -c "import venv" 2>/dev/null && echo "$$p" && break; done)
+SKYRL_VENV := .venv-skyrl
+SKYRL_READY := $(SKYRL_VENV)/.ready
+SKYRL ?= skyrl==0.4.0 skyrl-gym==0.4.0
+SKYRL_NEEDS ?= numpy ray==2.60.0 pydantic cloudpathlib jaxtyping loguru omegaconf aiohttp orjson pybase64 uvloop pandas \
+  rich pyyaml
 export HF_HUB_OFFLINE ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-verl check bench bench-verl docs format clean
+.PHONY: demo test test-verl test-skyrl python312 check bench bench-verl docs format clean
 
 demo: $(READY)
 	$(BIN)/bandpo train demo
@@ -23,6 +31,13 @@ test: $(READY)
 # Trains with verl on a local Ray, 2 workers, no GPU.
 test-verl: $(VERL_READY)
 	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/verl
+
+# SkyRL's own loss on the CPU, where there is a Python for it; -c /dev/null because most of what pytest is set up for is not in that environment.
+test-skyrl: $(SKYRL_READY)
+	OMP_NUM_THREADS=1 $(SKYRL_VENV)/bin/python -m pytest -q -c /dev/null --rootdir . tests/engines -k skyrl
+
+python312:
+	@echo $(PYTHON312)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -46,7 +61,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VERL_VENV) $(SKYRL_VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -65,4 +80,14 @@ $(VERL_READY): pyproject.toml
 	$(VERL_VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(VERL_VENV)/bin/python -m pip install --quiet "$(TORCH)" $(VERL) "pytest>=8.3" -e ".[verl]"
 	$(VERL_VENV)/bin/python -m pip check
+	@touch $@
+
+$(SKYRL_READY): pyproject.toml
+	@test -n "$(PYTHON312)" && $(PYTHON312) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "SkyRL needs Python 3.12 or newer; try: make test-skyrl PYTHON312=/path/to/python3.12"; exit 1; }
+	$(PYTHON312) -m venv $(SKYRL_VENV)
+	$(SKYRL_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(SKYRL_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(SKYRL_VENV)/bin/python -m pip install --quiet "$(TORCH)" $(SKYRL_NEEDS) "pytest>=8.3"
+	$(SKYRL_VENV)/bin/python -m pip install --quiet --no-deps $(SKYRL) -e .
 	@touch $@

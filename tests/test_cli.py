@@ -13,6 +13,7 @@ from test_report import make_run
 
 from bandpo import cli, doctor
 from bandpo.cli import main
+from bandpo.engines._hosts import HOSTS, Host
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -126,20 +127,22 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(out)
     assert code == 0 and found["packages"]["torch"] and found["device"]["kind"] in ("cpu", "cuda", "mps")
     fits = {e["name"]: (e["fits"], e["note"]) for e in found["engines"]}
-    assert list(fits) == list(doctor.ENGINES) and fits["trl"] == fits["torchrl"] == fits["ray"] == (True, "")
-    assert fits["slime"] == (None, "see docs/engines.md")
+    assert list(fits) == [host.package for host in HOSTS.values()] and fits["trl"] == fits["torchrl"] == fits[
+        "ray"
+    ] == (True, "")
+    assert fits["slime"] == (None, HOSTS["slime"].way) and "pip install" in HOSTS["slime"].way
     assert "engine trl" in doctor.as_text(found) and "the hook fits" in doctor.as_text(found)
 
 
 def test_doctor_without_and_with_a_wrong_engine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "ENGINES", {"no-such-engine": ("no.such.engine", "look for it")})
+    monkeypatch.setattr(doctor, "HOSTS", {"no_such": Host("no-such-engine", "", "look for it")})
     code, out, _ = run(capsys, "doctor")
     assert code == 0 and "engine no-such-engine, not installed: look for it" in out
-    monkeypatch.setattr(doctor, "ENGINES", {"torch": ("no.such.engine", "")})
+    monkeypatch.setattr(doctor, "HOSTS", {"no_such": Host("torch", "", "")})
     code, out, _ = run(capsys, "doctor")
-    assert code == 1 and "DOES NOT FIT: No module named 'no'" in out
+    assert code == 1 and "DOES NOT FIT: No module named 'bandpo.engines.no_such'" in out
 
 
 def test_the_command_starts_light() -> None:

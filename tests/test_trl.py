@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen2ForSequenceClassification
 from trl import GRPOTrainer
-from trl_support import SCHEDULE, digits, make_tokenizer, make_trainer, model_config, prompts
+from trl_support import SCHEDULE, digits, make_model, make_tokenizer, make_trainer, model_config, prompts
 
+from bandpo import Band
 from bandpo.engines.trl import BandGRPOTrainer
 
 Tensor = torch.Tensor
@@ -195,6 +197,25 @@ def test_model_card_names_what_was_used(tmp_path):
     band, fixed = ((tmp_path / name / "README.md").read_text() for name in ("band", "fixed"))
     assert all(part in band for part in ("with BandPO", "papers/2603.04918", "li2026bandpo", "- bandpo"))
     assert "bandpo" not in fixed.lower() and "with GRPO" in fixed
+
+
+def test_ten_lines_of_the_guide_train(tmp_path):
+    """As they stand, but for the folder, the model, and what the page says to add for a small one on the CPU."""
+    page = (Path(__file__).parents[1] / "docs" / "trl.md").read_text("utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    for old, new in (
+        ('"runs/first"', f"{str(tmp_path / 'run')!r}, use_cpu=True, bf16=False, gradient_checkpointing=False"),
+        ('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(tmp_path / "model"))),
+    ):
+        assert block.count(old) == 1
+        block = block.replace(old, new)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block, "docs/trl.md", "exec"), names)
+    trainer = names["trainer"]
+    assert isinstance(trainer, BandGRPOTrainer) and trainer.state.global_step == 20
+    assert trainer.clip == Band(delta=0.05) and "clip/zero_grad" in trainer.state.log_history[0]
 
 
 def test_two_processes_agree(tmp_path):

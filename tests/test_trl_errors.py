@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -61,7 +63,7 @@ def test_liger_is_refused_where_it_has_its_own_loss(tmp_path, monkeypatch):
         BandGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, use_liger_kernel=True)
 
 
-def test_trainer_refuses_plain_config_late_changes_and_unsloth(tmp_path):
+def test_trainer_refuses_plain_config_and_late_changes(tmp_path):
     arguments: dict[str, Any] = {"reward_funcs": digits, "train_dataset": prompts()}
     arguments["processing_class"] = make_tokenizer()
     with pytest.raises(InputError, match="args=GRPOConfig"):
@@ -70,9 +72,33 @@ def test_trainer_refuses_plain_config_late_changes_and_unsloth(tmp_path):
     config.loss_type = "sapo"
     with pytest.raises(InputError, match="loss_type='sapo'"):
         BandGRPOTrainer(make_model(), args=config, **arguments)
-    unsloth = type("UnslothGRPOTrainer", (BandGRPOTrainer,), {})
-    with pytest.raises(InputError, match="Unsloth"):
-        make_trainer(tmp_path, unsloth)
+
+
+UNSLOTH = """
+import transformers, trl
+
+class UnslothGRPOTrainer(transformers.Trainer):
+    def compute_loss(self, *args, **named):
+        raise AssertionError
+
+trl.GRPOTrainer = UnslothGRPOTrainer
+from bandpo.engines.trl import BandGRPOTrainer, check_seam
+
+for call in (lambda: BandGRPOTrainer("x"), check_seam):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_unsloths_trainer_in_the_place_of_trls_is_refused():
+    """`import unsloth` binds trl.GRPOTrainer to a class that has a loss of its own and no `_compute_loss`."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", UNSLOTH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made, seam = done.stdout.splitlines()
+    assert made == "GRPOTrainer is Unsloth's, whose loss goes round the clip: must be TRL's; drop unsloth"
+    assert "UnslothGRPOTrainer has no _compute_loss any more" in seam
 
 
 def test_seam_fits_and_a_moved_or_old_one_is_named(monkeypatch):
@@ -90,7 +116,7 @@ def test_seam_fits_and_a_moved_or_old_one_is_named(monkeypatch):
         return None
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", moved)
-    with pytest.raises(InputError, match=r"no longer holds.*trl==1\.16\.0"):
+    with pytest.raises(InputError, match=r"no longer holds.*must be trl>=1\.10,<1\.17.*trl==1\.16\.0.*bandpo\[train\]"):
         check_seam()
 
 

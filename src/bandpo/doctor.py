@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import importlib
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import sys
 from typing import Any
 
-from bandpo._checks import InputError
+from bandpo.engines._hosts import HOSTS, Host
+from bandpo.engines._hosts import installed_version as installed_version
 
 PACKAGES = ("bandpo", "torch", "trl", "transformers", "accelerate", "datasets", "peft", "reasoning-gym", "matplotlib")
-_EXTRA, _DOCS = 'pip install "bandpo[{}]" to use it', "see docs/engines.md"
-ENGINES = {  # package: adapter, how to get the package
-    "trl": ("bandpo.engines.trl", _EXTRA.format("train")),
-    "verl": ("bandpo.engines.verl", 'pip install "bandpo[verl]", in an environment of its own, to use it'),
-    "torchrl": ("bandpo.engines.torchrl", _EXTRA.format("engines")),
-    "ray": ("bandpo.engines.rllib", _EXTRA.format("engines")),
-    "tinker": ("bandpo.engines.tinker", _EXTRA.format("engines")),
-    "skyrl": ("bandpo.engines.skyrl", _DOCS),
-    "prime-rl": ("bandpo.engines.prime_rl", _DOCS),
-    "slime": ("bandpo.engines.slime", _DOCS),
-}
-NEEDS = {"ray": "gymnasium"}  # Ray without RLlib is no engine, and verl installs it so
 
 
 def examine() -> dict[str, Any]:
@@ -29,14 +18,15 @@ def examine() -> dict[str, Any]:
 
     Returns:
         ``python``, ``platform``, ``device`` (name, kind, count, threads), ``packages`` (version or None by name) and
-        ``engines``, a list of ``{"name", "version", "fits", "note"}`` in which ``fits`` is None where it is absent.
+        ``engines``, a list of ``{"name", "version", "fits", "plugged", "note"}``: ``fits`` is None where it is absent,
+        ``plugged`` says whether an engine that loads plug-ins has loaded ours, and is None for the others.
     """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device(),
         "packages": {name: installed_version(name) for name in PACKAGES},
-        "engines": [_engine(name, *engine) for name, engine in ENGINES.items()],
+        "engines": [_engine(adapter, host) for adapter, host in HOSTS.items()],
     }
 
 
@@ -56,24 +46,10 @@ def as_text(found: dict[str, Any]) -> str:
     lines += [f"{'platform':<{width}}{found['platform']}", f"{'device':<{width}}{device['kind']}: {device['name']}", ""]
     for engine in found["engines"]:
         verdict = {True: "the hook fits", False: "DOES NOT FIT", None: "not installed"}[engine["fits"]]
+        verdict += {True: ", loaded as its plug-in", False: ", NOT LOADED as its plug-in", None: ""}[engine["plugged"]]
         note = f": {engine['note']}" if engine["note"] else ""
         lines.append(f"engine {engine['name']} {engine['version'] or ''}".rstrip() + f", {verdict}{note}")
     return "\n".join(lines)
-
-
-def installed_version(package: str) -> str | None:
-    """Return the version of an installed package.
-
-    Args:
-        package: its name on the index.
-
-    Returns:
-        The version; None when it is not installed.
-    """
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _device() -> dict[str, Any]:
@@ -88,13 +64,23 @@ def _device() -> dict[str, Any]:
     return {"kind": kind, "name": name, "count": count, "threads": torch.get_num_threads()}
 
 
-def _engine(name: str, module: str, hint: str) -> dict[str, Any]:
-    """Import one engine if its framework is there and ask it whether its hook fits."""
-    installed = installed_version(name)
-    if installed is None or installed_version(NEEDS.get(name, name)) is None:
-        return {"name": name, "version": None, "fits": None, "note": hint}
+def _engine(adapter: str, host: Host) -> dict[str, Any]:
+    """Import one adapter if its framework is there and ask it whether its hook fits."""
+    module = f"bandpo.engines.{adapter}"
+    found: dict[str, Any] = {
+        "name": host.package,
+        "version": host.version(),
+        "fits": None,
+        "plugged": None,
+        "note": host.way,
+    }
+    if found["version"] is None:
+        return found
     try:
+        if host.plugs:
+            importlib.import_module(host.package)
+            found["plugged"] = module in sys.modules
         importlib.import_module(module).check_seam()
-    except (InputError, ImportError) as error:
-        return {"name": name, "version": installed, "fits": False, "note": str(error)}
-    return {"name": name, "version": installed, "fits": True, "note": ""}
+    except Exception as error:  # whatever a framework of another version does
+        return found | {"fits": False, "note": str(error) or repr(error)}
+    return found | {"fits": True, "note": ""}

@@ -44,6 +44,7 @@ class Case:
     own: Callable[[Tokens, float, float], Tensor] | None
     margins: tuple[float, float] = (0.2, 0.28)
     padded: bool = True
+    takes_logps: bool = False  # the engine hands the loss log-probabilities of the policy in training, padding too
 
 
 def needs(*packages: str, why: str = "") -> None:
@@ -176,6 +177,7 @@ def skyrl() -> Case:
     return Case(
         lambda x, clip, args: run(x, BandAlgorithmConfig(clip=clip, clip_args=args)),
         lambda x, low, high: run(x, AlgorithmConfig(eps_clip_low=low, eps_clip_high=high))[0],
+        takes_logps=True,
     )
 
 
@@ -200,7 +202,7 @@ def prime_rl() -> Case:
         ]
         return sum(o.loss for o in outs), outs[0].metrics  # type: ignore[return-value]
 
-    return Case(ours, written_sum)
+    return Case(ours, written_sum, takes_logps=True)
 
 
 def _record_prime_rl() -> None:
@@ -261,19 +263,18 @@ def slime() -> Case:
 
     from bandpo.engines.slime import band_loss
 
-    def call(x: Tokens, function: Any, **options: Any) -> tuple[Tensor, dict[str, Any]]:
-        args = types.SimpleNamespace(advantage_estimator="grpo", use_rollout_logprobs=False, **options)
-        keep = x.mask.bool()  # slime's lists hold the tokens of the responses only
-        batch = {"log_probs": [r[m] for r, m in zip(x.old, keep, strict=True)]}
-        batch |= {"advantages": [r[m] for r, m in zip(x.advantages, keep, strict=True)]}
-        return function(args, batch, x.new()[keep], torch.sum)
-
     def own(x: Tokens, low: float, high: float) -> Tensor:
-        return call(x, host.policy_loss_function, eps_clip=low, eps_clip_high=high)[0]
+        return call_slime(x, host.policy_loss_function, eps_clip=low, eps_clip_high=high)[0]
 
-    return Case(
-        lambda x, clip, args: call(x, band_loss, clip=clip, clip_args=args, eps_clip=0.2, eps_clip_high=0.2), own
-    )
+    return Case(lambda x, clip, args: call_slime(x, band_loss, clip=clip, clip_args=args), own, padded=False)
+
+
+def call_slime(x: Tokens, function: Any, **options: Any) -> tuple[Tensor, dict[str, Any]]:
+    defaults = {"advantage_estimator": "grpo", "use_rollout_logprobs": False, "eps_clip": 0.2, "eps_clip_high": 0.2}
+    keep = x.mask.bool()  # slime's lists hold the tokens of the responses only
+    batch = {"log_probs": [r[m] for r, m in zip(x.old, keep, strict=True)]}
+    batch |= {"advantages": [r[m] for r, m in zip(x.advantages, keep, strict=True)]}
+    return function(types.SimpleNamespace(**(defaults | options)), batch, x.new()[keep], torch.sum)
 
 
 def _record_slime() -> None:
@@ -282,9 +283,8 @@ def _record_slime() -> None:
     def policy_loss_function(args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Any) -> Any:
         old_log_probs, log_probs = torch.cat(batch["log_probs"]), logits
         ppo_kl = old_log_probs - log_probs
-        pg_loss, clipped = compute_policy_loss(
-            ppo_kl, torch.cat(batch["advantages"]), args.eps_clip, args.eps_clip_high
-        )
+        advantages = torch.cat(batch["advantages"])
+        pg_loss, clipped = compute_policy_loss(ppo_kl, advantages, args.eps_clip, args.eps_clip_high)
         return sum_of_sample_mean(pg_loss), {"pg_clipfrac": sum_of_sample_mean(clipped).detach()}
 
     def compute_policy_loss(ppo_kl: Tensor, advantages: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor]:

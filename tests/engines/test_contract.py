@@ -103,12 +103,14 @@ def check_metrics(metrics: dict[str, Any], x: Tokens, keep: Tensor) -> None:
 
 def test_padding_is_inert_whatever_it_holds(case: Case) -> None:
     if not case.padded:
-        pytest.skip("the engine has no padding here: every action counts")
+        pytest.skip("the engine has no padding here: every action or token counts")
     x, args = tokens(2), {"divergence": "kl", "delta": 0.05}
     want, _ = case.ours(x, "band", args)
     pad = x.mask == 0
     old, advantages = (torch.where(pad, torch.nan, y) for y in (x.old, x.advantages))
     dirty = dataclasses.replace(x, old=old, advantages=advantages)
+    if case.takes_logps:
+        dirty.new = lambda: torch.where(pad, torch.nan, x.new())  # type: ignore[method-assign]
     got, metrics = case.ours(dirty, "band", args)
     assert torch.equal(got, want) and torch.equal(gradient(x, got), gradient(x, want))
     assert gradient(x, got)[pad].abs().max() == 0

@@ -14,6 +14,9 @@ import cases
 import pytest
 import torch
 import yaml
+from test_contract import tokens
+
+import bandpo
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {name: (DOCS / f"{name}.md").read_text("utf-8") for name in ("engines", "snippets")}
@@ -49,21 +52,34 @@ class LocalClient:
         return self
 
 
-@pytest.mark.parametrize(("language", "text", "engine"), RUN)
-def test_block_runs(language: str, text: str, engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    if engine in ("prime_rl", "slime"):  # their settings, up to the call of the loss
-        cases.CASES[engine]()
-        settings = tomllib.loads(text)["trainer"]["loss"] if language == "toml" else {"kwargs": yaml.safe_load(text)}
-        module, _, name = settings.get("import_path", "bandpo.engines.slime.band_loss").rpartition(".")
-        function = getattr(importlib.import_module(module), name)
-        if language == "toml":
-            from prime_rl.trainer.rl.loss import LossInputs
+def check_prime_rl(text: str) -> None:
+    cases.prime_rl()
+    from prime_rl.trainer.rl.loss import LossInputs
 
-            old, mask = torch.tensor([-1.0, -2.0]), torch.tensor([True, True])
-            out = function(LossInputs(old + 0.3, old, None, torch.ones(2), mask), **settings["kwargs"])
-            assert torch.isfinite(out.loss)
-        assert settings["kwargs"]["clip"] == "band"
-        return
+    settings = tomllib.loads(text)["trainer"]["loss"]
+    module, _, name = settings["import_path"].rpartition(".")
+    old, mask = torch.tensor([-1.0, -2.0]), torch.tensor([True, True])
+    inputs = LossInputs(old + 0.3, old, None, torch.ones(2), mask)
+    out = getattr(importlib.import_module(module), name)(inputs, **settings["kwargs"])
+    assert torch.isfinite(out.loss) and settings["kwargs"]["clip"] == "band"
+
+
+def check_slime(text: str) -> None:
+    """The settings reach slime's loss: it is the one of the band that they describe, and of no other."""
+    case, x = cases.slime(), tokens()
+    from bandpo.engines.slime import band_loss
+
+    got, _ = cases.call_slime(x, band_loss, **yaml.safe_load(text))
+    want, narrower = (case.ours(x, bandpo.Band(divergence="kl", delta=delta), None)[0] for delta in (0.05, 0.02))
+    assert got == want != narrower
+
+
+@pytest.mark.parametrize(("language", "text", "engine"), RUN)
+def test_block_runs(
+    language: str, text: str, engine: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if language in ("toml", "yaml"):  # the settings of prime-rl and slime
+        return {"prime_rl": check_prime_rl, "slime": check_slime}[engine](text)
     cases.needs(engine)
     if engine == "ray":
         request.getfixturevalue("local_ray")
@@ -73,10 +89,13 @@ def test_block_runs(language: str, text: str, engine: str, request: pytest.Fixtu
 
         old = torch.tensor([-2.0, -1.0, -0.5])
         names |= {"training_client": LocalClient(), "data": [cases._datum(tinker, old, old, old * 0 + 1, old * 0 + 1)]}
+    asked, bounds = [], bandpo.Band.bounds
+    monkeypatch.setattr(bandpo.Band, "bounds", lambda clip, old: asked.append(old) or bounds(clip, old))
     with warnings.catch_warnings():
         exec(compile(text, "page", "exec"), names)
     if engine == "stable_baselines3":
         returns = [e["r"] for e in names["model"].ep_info_buffer]
         assert len(returns) > 10 and names["model"].num_timesteps == 2048
+        assert len(asked) == 2 * 4 * 10 * 8  # sides, rollouts, epochs, minibatches: SB3 clamps with the band each time
     if engine == "ray":
         assert names["result"]["training_iteration"] == 1

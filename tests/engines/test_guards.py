@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
+import re
 import sys
 import types
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Tokens
+from cases import CASES, Tokens, call_slime
 from test_contract import tokens
 
 import bandpo
@@ -22,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines, at import
 @pytest.mark.parametrize("name", ["torchrl_ppo", "torchrl_grpo"])
 def test_a_moved_clamp_stops_torchrl(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]()
-    monkeypatch.setattr(_margins.inspect, "getsource", lambda place: "a new loss")
-    with pytest.raises(ValueError, match=r"torchrl==.*no longer holds `log_weight.clamp.*'torchrl==0.14.1'"):
+    monkeypatch.setattr(inspect, "getsource", lambda place: "a new loss")
+    with pytest.raises(ValueError, match=r"torchrl==.*no longer holds `log_weight.clamp.*torchrl==0.14.1"):
         case.ours(tokens(), "band", None)
 
 
@@ -31,8 +33,8 @@ def test_a_moved_clamp_stops_rllib(monkeypatch: pytest.MonkeyPatch) -> None:
     CASES["rllib"]()
     from bandpo.engines.rllib import BandPPOTorchLearner
 
-    monkeypatch.setattr(_margins.inspect, "getsource", lambda place: "a new loss")
-    with pytest.raises(ValueError, match=r"ray==.*no longer holds `torch.clamp.*pip install 'ray\[rllib\]==2.60.0'"):
+    monkeypatch.setattr(inspect, "getsource", lambda place: "a new loss")
+    with pytest.raises(ValueError, match=r"ray==.*no longer holds `torch.clamp.*ray\[rllib\]==2.60.0: pip install '"):
         BandPPOTorchLearner.build(object.__new__(BandPPOTorchLearner))
 
 
@@ -40,8 +42,8 @@ def test_a_moved_clamp_stops_rllib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_moved_clamp_stops_at_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     CASES[name]()
     module = importlib.import_module(f"bandpo.engines.{name}")
-    monkeypatch.setattr(_margins.inspect, "getsource", lambda place: "a new loss")
-    with pytest.raises(ValueError, match=f"{name}==.*no longer holds"):
+    monkeypatch.setattr(inspect, "getsource", lambda place: "a new loss")
+    with pytest.raises(ValueError, match=f"{name}.*no longer holds"):
         importlib.reload(module)
 
 
@@ -55,16 +57,6 @@ def test_other_inputs_stop_prime_rl(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys.modules["prime_rl.trainer.rl.loss"], "LossInputs", LossInputs)
     with pytest.raises(ValueError, match="LossInputs no longer has advantages, inference_logprobs"):
-        importlib.reload(module)
-
-
-def test_an_older_tinker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    CASES["tinker"]()
-    import tinker
-
-    module = importlib.import_module("bandpo.engines.tinker")
-    monkeypatch.setattr(tinker, "TrainingClient", object)
-    with pytest.raises(ValueError, match="pip install 'tinker==0.38.0'"):
         importlib.reload(module)
 
 
@@ -94,29 +86,72 @@ def test_prime_rls_weights_and_kl_term() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def slime_args(**options: Any) -> Any:
-    return types.SimpleNamespace(use_rollout_logprobs=False, eps_clip=0.2, eps_clip_high=0.2, **options)
+SLIME = [
+    ({"advantage_estimator": "gspo"}, "advantage_estimator='gspo': must be one that clips a token's ratio"),
+    ({"clip_arg": {"delta": 0.1}}, "'clip_arg' is unknown"),
+    ({"delta": 2.0}, "'delta' is an argument of the clip; write clip_args={'delta': ...}"),
+    ({"dual_clip": 3.0}, "'dual_clip' is unknown"),
+    ({"eps_clip": 0.9}, "eps_clip=0.9: must be left out, clip='band' sets the bounds"),
+    ({"eps_clip_high": 0.28}, "eps_clip_high=0.28: must be left out"),
+]
 
 
-def test_slime_estimators_that_clip_no_ratio_are_refused() -> None:
+@pytest.mark.parametrize(("options", "message"), SLIME)
+def test_slime_settings_that_would_have_no_effect_are_refused(options: dict[str, Any], message: str) -> None:
     CASES["slime"]()
     from bandpo.engines.slime import band_loss
 
-    with pytest.raises(ValueError, match="advantage_estimator='gspo': must be one that clips a token's ratio"):
-        band_loss(slime_args(advantage_estimator="gspo"), {}, torch.zeros(1), torch.sum)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call_slime(tokens(), band_loss, **options)
+    call_slime(tokens(), band_loss, clip_grad=1.0)  # Megatron's
 
 
-def test_skyrl_options_that_the_clip_replaces_are_refused() -> None:
+@pytest.mark.parametrize("kind", ["reinforce", "cispo"])
+def test_slime_losses_that_clip_no_ratio_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """slime can take another loss with the same estimator; newer versions say which."""
+    CASES["slime"]()
+    from bandpo.engines import slime
+
+    monkeypatch.setattr(slime.host, "get_pg_loss_type", lambda args: kind, raising=False)
+    with pytest.raises(ValueError, match=f"policy loss type='{kind}': must be one that clips a token's ratio"):
+        call_slime(tokens(), slime.band_loss)
+
+
+def test_slimes_cispo_is_not_taken_for_its_clipped_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The margins go to a loss that the clip does not suit, and the clamp is gone."""
+    CASES["slime"]()
+    from bandpo.engines import slime
+
+    def policy_loss_function(args: Any, old_log_probs: Any, log_probs: Any, advantages: Any) -> Any:
+        ppo_kl = old_log_probs - log_probs
+        return compute_cispo_loss(ppo_kl, log_probs, advantages, args.eps_clip, args.eps_clip_high)  # type: ignore[name-defined]  # noqa: F821
+
+    monkeypatch.setattr(slime.host, "policy_loss_function", policy_loss_function)
+    with pytest.raises(ValueError, match="no longer holds `compute_policy_loss"):
+        slime.check_seam()
+
+
+def test_skyrl_options_that_go_round_the_clip_are_refused() -> None:
     CASES["skyrl"]()
-    from skyrl.train.config import AlgorithmConfig
+    from skyrl.train.config import AlgorithmConfig, make_config
 
     from bandpo.engines.skyrl import BandAlgorithmConfig, band_loss
 
-    x: Tokens = tokens()
-    for config, message in (
-        (BandAlgorithmConfig(eps_clip_high=0.28), "eps_clip_high=0.28: must be left out"),
-        (AlgorithmConfig(), "must be BandAlgorithmConfig"),
+    for options, message in (
+        ({"eps_clip_high": 0.28}, "eps_clip_high=0.28: must be left out"),
+        ({"policy_loss_type": "regular"}, "policy_loss_type='regular': must be 'bandpo'"),
+        ({"policy_loss_type": "gspo", "clip_args": {"delta": 0.1}}, "policy_loss_type='gspo': must be 'bandpo'"),
+        ({"clip_args": {"detla": 0.1}}, "did you mean 'delta'"),
     ):
+        with pytest.raises(ValueError, match=message):
+            BandAlgorithmConfig(**options)
+    words = ["trainer.algorithm.policy_loss_type=regular", "trainer.algorithm.clip_args={delta: 0.1}"]
+    with pytest.raises(ValueError, match="policy_loss_type='regular'"):
+        make_config(algorithm_cls=BandAlgorithmConfig).from_cli_overrides(words)
+    x: Tokens = tokens()
+    late = BandAlgorithmConfig()
+    late.eps_clip_low = 0.1
+    for config, message in ((AlgorithmConfig(), "must be BandAlgorithmConfig"), (late, "eps_clip_low=0.1")):
         with pytest.raises(ValueError, match=message):
             band_loss(x.new(), x.old, x.advantages, config, x.mask)
 

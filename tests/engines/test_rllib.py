@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -53,10 +54,14 @@ def test_ppo_learns_with_two_env_runners() -> None:
         ({}, 0.2, "clip_param=0.2: must be left out"),
         ({"clip": "bnad"}, 0.3, "did you mean 'band'"),
         ({"clip_arg": 1}, 0.3, "'clip_arg' is unknown"),
+        ({"delta": 2.0}, 0.3, "'delta' is an argument of the clip; write clip_args={'delta': ...}"),
+        ({"divergence": "tv"}, 0.3, "'divergence' is an argument of the clip"),
+        ({"eps_high": 0.3, "clip": "fixed"}, 0.3, "'eps_high' is an argument of the clip"),
+        ({"dual_clip": 3}, 0.3, "'dual_clip' is unknown; must be left out"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], clip_param: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         config(**options).training(clip_param=clip_param).env_runners(num_env_runners=0).build_algo()
 
 

@@ -118,6 +118,41 @@ def test_options_that_would_go_round_the_clip_are_refused() -> None:
         loss.clip_metrics()
 
 
+def two_heads() -> tuple[Any, Any]:
+    """An actor with two discrete actions, and what it did in five states."""
+    from tensordict import TensorDict
+    from tensordict.nn import CompositeDistribution, TensorDictSequential
+
+    kind = torch.distributions.Categorical
+    split = TensorDictModule(lambda h: (h, -h), ["h"], [("params", "a", "logits"), ("params", "b", "logits")])
+    actor = ProbabilisticActor(
+        TensorDictSequential(TensorDictModule(torch.nn.Linear(3, 3), ["obs"], ["h"]), split),
+        in_keys=["params"],
+        out_keys=["a", "b"],
+        distribution_class=CompositeDistribution,
+        distribution_kwargs={"distribution_map": {"a": kind, "b": kind}},
+        return_log_prob=True,
+    )
+    batch = actor(TensorDict({"obs": torch.randn(5, 3), "advantage": torch.ones(5, 1)}, [5])).detach()
+    return actor, batch
+
+
+def test_several_heads_are_refused_unless_they_make_one_action() -> None:
+    from tensordict.nn import set_composite_lp_aggregate
+
+    with set_composite_lp_aggregate(False):
+        actor, batch = two_heads()
+        with pytest.raises(ValueError, match=r"several entries.*set_composite_lp_aggregate\(True\)"):
+            BandClipPPOLoss(actor, critic_coeff=0.0, entropy_bonus=False)(batch)
+    with set_composite_lp_aggregate(True):
+        actor, batch = two_heads()
+        loss = BandClipPPOLoss(actor, critic_coeff=0.0, entropy_bonus=False, clip_args={"divergence": "tv"})
+        loss.set_keys(action=["a", "b"])
+        loss(batch)
+        p = (batch["a_log_prob"] + batch["b_log_prob"]).exp()
+        torch.testing.assert_close(loss._bounds.high, torch.minimum(1 + 0.05 / p, 1 / p).clamp(max=10))
+
+
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")  # torchrl's own call
 def test_grpo_learns_with_a_language_model() -> None:
     """torchrl's wrapper round a tiny Qwen2 samples and is trained; the reward is the digits of four."""

@@ -1,16 +1,18 @@
-"""What every adapter needs: the clip from the user's words, its margins, a check that the host's seam is in place."""
+"""What every adapter needs: the clip from the user's words, its margins and metrics, refusals of what goes round it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bandpo import ClipStats, Fixed, NoClip, Region, get_clip
+from bandpo import Band, Fixed, NoClip, Region, get_clip
 from bandpo._checks import InputError
+
+CLIP = Band.name  # the clip of every adapter whose user names none
 
 
 def make_clip(clip: str | Region, clip_args: Mapping[str, Any] | None) -> Region:
@@ -63,31 +65,61 @@ def margins(clip: Region, old_logps: Tensor) -> tuple[Tensor, Tensor]:
     return clip.bounds(old_logps.detach()).margins()
 
 
-def check_source(engine: str, version: str, tested: str, place: Any, parts: tuple[str, ...]) -> None:
-    """Raise unless the source of `place` holds every one of `parts`, the text that the adapter relies on.
+def refuse_replaced(config: Any, defaults: Mapping[str, Any], clip: str | Region) -> None:
+    """Raise for a setting of the host that the clip replaces, where the user has given it.
 
     Args:
-        engine: the engine's name, for the message.
-        version: the version installed.
-        tested: how to get a version that is tested, e.g. ``pip install 'torchrl==0.14.1'``.
-        place: the engine's function, class or module.
-        parts: pieces of its source.
+        config: the host's configuration.
+        defaults: the host's default by the setting's name.
+        clip: the clip that the user asked for.
 
     Raises:
-        InputError: a part is missing.
+        InputError: a setting has another value than its default.
     """
-    source = inspect.getsource(place)
-    for part in parts:
-        if part not in source:
+    for name, default in defaults.items():
+        if getattr(config, name) != default:
             raise InputError(
-                f"{engine}=={version}: its {place.__name__} no longer holds `{part}`, where the clip goes; "
-                f"use a version that bandpo is tested with: {tested}"
+                f"{name}={getattr(config, name)!r}: must be left out, clip={clip!r} sets the bounds; for a fixed "
+                "clip give clip='fixed' and clip_args={'eps_low': ..., 'eps_high': ...}"
             )
 
 
-def as_floats(stats: ClipStats, prefix: str) -> dict[str, float]:
-    """Return the metrics over all tokens, without those by bucket, in one move to the host."""
-    metrics = {name: value for name, value in stats.metrics(prefix).items() if "/" not in name.removeprefix(prefix)}
+def refuse_strays(place: str, given: Iterable[str], known: tuple[str, ...] = ()) -> None:
+    """Raise for a name that is meant for the clip where only `clip` and `clip_args` are read.
+
+    Args:
+        place: where the names are, for the message.
+        given: the names; what has nothing to do with a clip is left alone.
+        known: names that begin with "clip" and are the host's own.
+
+    Raises:
+        InputError: an argument of a clip outside `clip_args`, or a misspelt name.
+    """
+    arguments = {f.name for kind in (Band, Fixed) for f in fields(kind)}
+    for name in given:
+        if name in arguments:
+            raise InputError(f"{place}: {name!r} is an argument of the clip; write clip_args={{{name!r}: ...}}")
+        if name == "dual_clip":
+            raise InputError(f"{place}: 'dual_clip' is unknown; must be left out, this adapter has none")
+        if name.startswith("clip") and name not in ("clip", "clip_args", *known):
+            raise InputError(f"{place}: {name!r} is unknown; the clip takes 'clip' and 'clip_args'")
+
+
+def overall(metrics: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the metrics over all tokens, without those by bucket.
+
+    Args:
+        metrics: what `bandpo.ClipStats.metrics()` or `bandpo.policy_loss` returns.
+        prefix: put before each name.
+
+    Returns:
+        Name to tensor of no dimension.
+    """
+    return {prefix + name: value for name, value in metrics.items() if "/" not in name}
+
+
+def as_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return metrics as floats, in one move to the host."""
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 

@@ -7,11 +7,14 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from prime_rl.trainer.rl.loss import LossInputs, LossOutputs
 
 from bandpo import Region, policy_loss
-from bandpo._checks import InputError
-from bandpo.engines._margins import make_clip
+from bandpo.engines._hosts import HOSTS
+from bandpo.engines._margins import CLIP, make_clip, overall
+
+HOST = HOSTS["prime_rl"]
+with HOST.imports():
+    from prime_rl.trainer.rl.loss import LossInputs, LossOutputs
 
 _USED = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask", "loss_weights")
 
@@ -25,10 +28,7 @@ def check_seam() -> None:
     for kind, used in ((LossInputs, _USED), (LossOutputs, ("loss", "metrics"))):
         missing = set(used) - {f.name for f in fields(kind)}
         if missing:
-            raise InputError(
-                f"prime-rl: its {kind.__name__} no longer has {', '.join(sorted(missing))}, which the clip needs; "
-                "use a commit that bandpo's documentation names"
-            )
+            raise HOST.error(f"its {kind.__name__} no longer has {', '.join(sorted(missing))}, which the clip needs")
 
 
 check_seam()
@@ -36,7 +36,7 @@ check_seam()
 
 def band_loss(
     inputs: LossInputs,
-    clip: str | Region = "band",
+    clip: str | Region = CLIP,
     clip_args: Mapping[str, Any] | None = None,
     dual_clip: float | None = None,
     adv_tau: float = 1.0,
@@ -73,5 +73,4 @@ def band_loss(
         per_token = per_token + kl_tau * (torch.where(mask, new, 0.0) - torch.where(mask, old, 0.0)).square()
     if x.loss_weights is not None:
         per_token = per_token * torch.where(mask, x.loss_weights, 0.0)
-    metrics = {f"clip/{name}": value for name, value in out.metrics.items() if "/" not in name}
-    return LossOutputs(loss=per_token.sum(), metrics=metrics)
+    return LossOutputs(loss=per_token.sum(), metrics=overall(out.metrics, "clip/"))

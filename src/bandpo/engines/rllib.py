@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
 import torch
-from ray.rllib.algorithms.ppo.ppo import PPOConfig
-from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
-from ray.rllib.core.columns import Columns
-from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
 
 from bandpo import clip_stats
-from bandpo._checks import InputError
-from bandpo.engines._margins import View, check_source, make_clip, margins, refuse_density
+from bandpo.engines._hosts import HOSTS
+from bandpo.engines._margins import (
+    CLIP,
+    View,
+    make_clip,
+    margins,
+    overall,
+    refuse_density,
+    refuse_replaced,
+    refuse_strays,
+)
 
-_TESTED = "pip install 'ray[rllib]==2.60.0'"
+HOST = HOSTS["rllib"]
+with HOST.imports():
+    from ray.rllib.algorithms.ppo.ppo import PPOConfig
+    from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+    from ray.rllib.core.columns import Columns
+    from ray.rllib.evaluation.postprocessing import Postprocessing
+
 _SEAM = ("torch.clamp(logp_ratio, 1 - config.clip_param, 1 + config.clip_param)", "- batch[Columns.ACTION_LOGP]")
 
 
@@ -26,7 +36,7 @@ def check_seam() -> None:
     Raises:
         InputError: it has moved; names the version that is tested.
     """
-    check_source("ray", ray.__version__, _TESTED, PPOTorchLearner.compute_loss_for_module, _SEAM)
+    HOST.check_source(PPOTorchLearner, "compute_loss_for_module", _SEAM)
 
 
 class _Margin:
@@ -46,7 +56,7 @@ class BandLearnerMixin:
     """Gives a PPO learner per-action bounds; put it before the learner among the bases.
 
     Options come from ``config.learners(learner_config_dict={"clip": "band", "clip_args": {"delta": 0.05}})``. RLlib's
-    result of a module has the clip's metrics as ``clip/NAME``.
+    result of a module has the clip's metrics as ``clip/NAME``, of the last minibatch.
 
     Raises:
         InputError: when it is built: bad clip, `clip_param` set as well, actions that are not discrete, or RLlib has
@@ -61,15 +71,10 @@ class BandLearnerMixin:
         """Check that the clip will be used, then build RLlib's learner."""
         check_seam()
         options = self.config.learner_config_dict
-        for key in options:  # the dict may hold more, for a learner of your own
-            if key.startswith("clip") and key not in ("clip", "clip_args"):
-                raise InputError(f"learner_config_dict: {key!r} is unknown; the clip takes 'clip' and 'clip_args'")
-        self.clip = make_clip(options.get("clip", "band"), options.get("clip_args"))
-        if self.config.clip_param != PPOConfig().clip_param:
-            raise InputError(
-                f"clip_param={self.config.clip_param!r}: must be left out, clip sets the bounds; for a fixed clip give "
-                "clip='fixed' in learner_config_dict"
-            )
+        refuse_strays("learner_config_dict", options)  # it may hold more, for a learner of your own
+        clip = options.get("clip", CLIP)
+        self.clip = make_clip(clip, options.get("clip_args"))
+        refuse_replaced(self.config, {"clip_param": PPOConfig().clip_param}, clip)
         super().build()  # type: ignore[misc]
 
     def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> Any:
@@ -89,8 +94,7 @@ class BandLearnerMixin:
         with torch.no_grad():
             dist = module.get_train_action_dist_cls().from_logits(fwd_out[Columns.ACTION_DIST_INPUTS])
             stats = clip_stats(dist.logp(batch[Columns.ACTIONS]), old, advantages, mask, clip=self.clip)
-        metrics = {k: v for k, v in stats.metrics("clip/").items() if k.count("/") == 1}
-        self.metrics.log_dict(metrics, key=module_id, window=1)
+        self.metrics.log_dict(overall(stats.metrics(), "clip/"), key=module_id, window=1)
         return loss
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import tinker
 import torch
 from torch import Tensor
 
 from bandpo import Region, clip_stats, policy_loss
 from bandpo._checks import InputError
-from bandpo.engines._margins import as_floats, make_clip
+from bandpo.engines._hosts import HOSTS
+from bandpo.engines._margins import CLIP, as_floats, make_clip, overall
+
+HOST = HOSTS["tinker"]
+with HOST.imports():
+    import tinker
 
 Loss = Callable[[list[tinker.Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
@@ -22,18 +26,14 @@ def check_seam() -> None:
     Raises:
         InputError: it has moved; names the version that is tested.
     """
-    if not hasattr(tinker.TrainingClient, "forward_backward_custom"):
-        raise InputError(
-            f"tinker=={tinker.__version__}: TrainingClient has no forward_backward_custom; use a version that bandpo "
-            "is tested with: pip install 'tinker==0.38.0'"
-        )
+    HOST.find(tinker.TrainingClient, "forward_backward_custom")
 
 
 check_seam()
 
 
 def band_loss(
-    clip: str | Region = "band", clip_args: Mapping[str, Any] | None = None, dual_clip: float | None = None
+    clip: str | Region = CLIP, clip_args: Mapping[str, Any] | None = None, dual_clip: float | None = None
 ) -> Loss:
     """Return a loss for `TrainingClient.forward_backward_custom`, which takes the data of tinker's own "ppo" loss.
 
@@ -63,7 +63,7 @@ def band_loss(
             exact_value=True,
         )  # fmt: skip
         stats = clip_stats(new.detach(), old, advantages, mask, clip=region, dual_clip=dual_clip)
-        return out.loss, as_floats(stats, "clip/")
+        return out.loss, as_floats(overall(stats.metrics(), "clip/"))
 
     return loss_fn
 

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torchrl
 from torch import Tensor
-from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.llm import GRPOLoss
 
 from bandpo import Bounds, Region, clip_stats
 from bandpo._checks import InputError
-from bandpo.engines._margins import check_source, make_clip, refuse_density
+from bandpo.engines._hosts import HOSTS
+from bandpo.engines._margins import CLIP, make_clip, refuse_density
 
-_TESTED = "pip install 'torchrl==0.14.1'"
+HOST = HOSTS["torchrl"]
+with HOST.imports():
+    from torchrl.objectives import ClipPPOLoss
+    from torchrl.objectives.llm import GRPOLoss
+
 _CLAMP = "log_weight.clamp(*self._clip_bounds)"
 
 
@@ -25,8 +27,9 @@ def check_seam() -> None:
     Raises:
         InputError: it has moved; names the version that is tested.
     """
-    check_source("torchrl", torchrl.__version__, _TESTED, ClipPPOLoss, (_CLAMP, "self._log_weight("))
-    check_source("torchrl", torchrl.__version__, _TESTED, GRPOLoss, (_CLAMP, 'tensordict.set("_cur_log_prob"'))
+    HOST.check_source(ClipPPOLoss, "forward", (_CLAMP, "self._log_weight("))
+    HOST.check_source(GRPOLoss, "_compute_policy_objective", (_CLAMP,))
+    HOST.check_source(GRPOLoss, "_log_weight", ('tensordict.set("_cur_log_prob"',))
 
 
 class _Banded:
@@ -44,13 +47,16 @@ class _Banded:
     @property
     def _clip_bounds(self) -> tuple[Tensor, Tensor]:
         if self._bounds is None:
-            raise InputError(f"torchrl=={torchrl.__version__}: asks for the bounds too early; use {_TESTED}")
+            raise HOST.error("it asks for the bounds too early")
         return self._bounds.log_low.unsqueeze(-1), self._bounds.log_high.unsqueeze(-1)
 
-    def _take(self, cur: Tensor, old: Tensor, log_weight: Tensor) -> None:
+    def _take(self, cur: Tensor, old: Tensor | None, log_weight: Tensor) -> None:
         """Make the bounds of this batch, from the very tensor in the ratio's denominator."""
         if not isinstance(old, Tensor) or old.unsqueeze(-1).shape != log_weight.shape:
-            raise InputError("sample_log_prob has several entries: the clip needs one log-probability per action")
+            raise InputError(
+                "sample_log_prob has several entries: must be one log-probability per action; sum those of several "
+                "heads with tensordict's set_composite_lp_aggregate(True)"
+            )
         self._bounds = self.clip.bounds(old.detach())
         self._seen = cur.detach(), old.detach()
 
@@ -86,7 +92,7 @@ class BandClipPPOLoss(_Banded, ClipPPOLoss):
     """
 
     def __init__(
-        self, *args: Any, clip: str | Region = "band", clip_args: Mapping[str, Any] | None = None, **options: Any
+        self, *args: Any, clip: str | Region = CLIP, clip_args: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         check_seam()
         if options.get("clip_value") is True:
@@ -106,7 +112,9 @@ class BandClipPPOLoss(_Banded, ClipPPOLoss):
 
     def _log_weight(self, tensordict: Any, adv_shape: Any) -> Any:
         result = super()._log_weight(tensordict, adv_shape)
-        old = self._prox if self.delay_actor else tensordict.get(self.tensor_keys.sample_log_prob)
+        key = self.tensor_keys.sample_log_prob
+        several = isinstance(key, list)  # one for each action head
+        old = None if several else self._prox if self.delay_actor else tensordict.get(key)
         self._take(self._cur, old, result[0])
         self._cur = self._prox = None  # they hold the graph
         self._seen = (*self._seen, self._advantage)
@@ -132,7 +140,7 @@ class BandGRPOLoss(_Banded, GRPOLoss):
     """
 
     def __init__(
-        self, *args: Any, clip: str | Region = "band", clip_args: Mapping[str, Any] | None = None, **options: Any
+        self, *args: Any, clip: str | Region = CLIP, clip_args: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         check_seam()
         super().__init__(*args, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import textwrap
 import warnings
@@ -11,20 +10,23 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import transformers
-import trl
-from packaging.version import Version
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
 
-from bandpo import ClipStats, clip_stats
+from bandpo import Band, ClipStats, clip_stats
 from bandpo._checks import InputError, nearest
-from bandpo.engines._margins import make_clip
+from bandpo.engines._hosts import HOSTS
+from bandpo.engines._margins import CLIP, as_floats, make_clip, refuse_replaced
+
+HOST = HOSTS["trl"]
+with HOST.imports():
+    import transformers
+    import trl
+    from packaging.version import Version
+    from trl import GRPOConfig, GRPOTrainer
 
 _RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _LOSSES = (*_RATIO_LOSSES, "cispo")
 _SEAM = ("(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_high)", "(coef_1, max=self.epsilon_high)")
-_TESTED = "use a version that bandpo is tested with: pip install 'trl==1.16.0'"
 _REMEDY = {
     "logps": "try a lower learning_rate, or float32 (bf16=False, fp16=False)",
     "loss": "try a lower learning_rate, fewer updates a rollout or delta=10 (caps the ratio); check the rewards",
@@ -46,10 +48,7 @@ def check_seam() -> None:
     for name, version, least in (("trl", trl.__version__, "1.10"), ("transformers", transformers.__version__, "5.3")):
         if Version(version) < Version(least):
             raise InputError(f"{name}=={version}: must be at least {least}; pip install -U '{name}>={least}'")
-    source = inspect.getsource(GRPOTrainer._compute_loss)
-    for part in _SEAM:
-        if part not in source:
-            raise InputError(f"trl=={trl.__version__}: its GRPO loss no longer holds `{part}`; {_TESTED}")
+    HOST.check_source(GRPOTrainer, "_compute_loss", _SEAM)
 
 
 @dataclass
@@ -67,7 +66,7 @@ class BandGRPOConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "clip_args"]
 
-    clip: str = field(default="band", metadata={"help": "Clip: 'band', 'fixed', 'clip-higher' or 'none'."})
+    clip: str = field(default=CLIP, metadata={"help": "Clip: 'band', 'fixed', 'clip-higher' or 'none'."})
     clip_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the clip, a dict or JSON."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and infinite losses in the log. Training stops at them anyway."}
@@ -100,13 +99,8 @@ def _check_options(args: BandGRPOConfig) -> None:
             f"importance_sampling_level={args.importance_sampling_level!r}: must be 'token', bounds are per token; "
             "drop it, or use TRL's GRPOTrainer"
         )
-    defaults = {f.name: f.default for f in fields(GRPOConfig)}
-    for name in ("epsilon", "epsilon_high"):
-        if getattr(args, name) != defaults[name]:
-            raise InputError(
-                f"{name}={getattr(args, name)!r}: must be left out, clip={args.clip!r} sets the bounds; for a fixed "
-                "clip give clip='fixed' and clip_args={'eps_low': ..., 'eps_high': ...}"
-            )
+    defaults = {f.name: f.default for f in fields(GRPOConfig) if f.name in ("epsilon", "epsilon_high")}
+    refuse_replaced(args, defaults, args.clip)
     if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise InputError(
             f"use_liger_kernel=True: must be False with trl {trl.__version__}, whose Liger loss goes round the clip; "
@@ -136,7 +130,7 @@ class _Edge:
 
     def _use(self, one: object) -> Tensor | float:
         if one != 1:
-            raise InputError(f"trl=={trl.__version__}: its GRPO loss uses epsilon in a new way; {_TESTED}")
+            raise HOST.error("its GRPO loss uses epsilon in a new way")
         self.uses += 1
         return self.bound
 
@@ -195,15 +189,15 @@ class BandGRPOTrainer(GRPOTrainer):
         self, model: Any, reward_funcs: Any = None, args: BandGRPOConfig | None = None, *rest: Any, **named: Any
     ) -> None:
         """Check that the clip will be used, then build TRL's trainer; see the class."""
-        check_seam()
-        if any("Unsloth" in base.__name__ for base in type(self).__mro__):
+        if any("Unsloth" in base.__name__ for base in type(self).__mro__):  # before the seam, which it has not
             raise InputError("GRPOTrainer is Unsloth's, whose loss goes round the clip: must be TRL's; drop unsloth")
+        check_seam()
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = BandGRPOConfig(f"{name.split('/')[-1]}-BandPO")
         _check_options(args)
         _warn_if_idle(args)
-        if args.clip != "band":  # the model card names what was really used
+        if args.clip != Band.name:  # the model card names what was really used
             self._name, self._paper, self._tag_names = GRPOTrainer._name, GRPOTrainer._paper, GRPOTrainer._tag_names
         super().__init__(model, reward_funcs, args, *rest, **named)
         self.clip = _make_clip(args)
@@ -230,7 +224,7 @@ class BandGRPOTrainer(GRPOTrainer):
         finally:
             self.epsilon_low, self.epsilon_high = scalars
         if self._logps is None or (self.loss_type in _RATIO_LOSSES and not (low.uses and high.uses)):
-            raise InputError(f"trl=={trl.__version__}: its GRPO loss went round the clip; {_TESTED}")
+            raise HOST.error("its GRPO loss went round the clip")
         self._after_loss(loss.detach(), self._logps, old, inputs)
         return loss
 
@@ -284,7 +278,6 @@ class BandGRPOTrainer(GRPOTrainer):
         size = stats.sums.numel()
         ranks = self.accelerator.gather(torch.cat([stats.sums.flatten(), stats.maxima])[None])
         total = ClipStats(ranks[:, :size].sum(0).view_as(stats.sums), ranks[:, size:].amax(0))
-        metrics = total.metrics("clip/")
-        values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        values = as_floats(total.metrics("clip/"))
         # CISPO caps a weight and takes no token's gradient.
         return {k: v for k, v in values.items() if self.loss_type != "cispo" or "zero_grad" not in k}

@@ -7,20 +7,22 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import verl
 from torch import Tensor
-from verl.trainer.ppo import core_algos
-from verl.workers.config.actor import ActorConfig, PolicyLossConfig
 
 from bandpo import ClipStats, Region, clip_stats
 from bandpo._checks import InputError, check_number, nearest
 from bandpo.diagnostics import BUCKETS, FIELDS
-from bandpo.engines._margins import View, make_clip, margins
+from bandpo.engines._hosts import HOSTS
+from bandpo.engines._margins import CLIP, View, make_clip, margins
+from bandpo.verl import LOSS_MODE, TARGET
 
-LOSS_MODE = "bandpo"
-TARGET = "bandpo.engines.verl.BandLossConfig"
+HOST = HOSTS["verl"]
+with HOST.imports():
+    import verl
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config.actor import ActorConfig, PolicyLossConfig
+
 _PLACE = "actor_rollout_ref.actor.policy_loss"
-_TESTED = "use a version that bandpo is tested with: pip install 'verl==0.9.1'"
 _KEYWORDS = (
     "old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
 )  # fmt: skip
@@ -45,7 +47,7 @@ class BandLossConfig(PolicyLossConfig):
     """
 
     loss_mode: str = LOSS_MODE
-    clip: str = "band"
+    clip: str = CLIP
     clip_args: dict[str, Any] | None = None
     dual_clip: float | None = None
 
@@ -163,17 +165,17 @@ def check_seam() -> None:
     Raises:
         InputError: the loss takes other arguments or does not use the bounds; names the version that is tested.
     """
-    allowed = inspect.signature(core_algos.compute_policy_loss_vanilla).parameters
-    missing = [name for name in _KEYWORDS if name not in allowed]
+    vanilla = HOST.find(core_algos, "compute_policy_loss_vanilla")
+    missing = [name for name in _KEYWORDS if name not in inspect.signature(vanilla).parameters]
     if missing:
-        raise InputError(f"verl=={verl.__version__}: its PPO loss no longer takes {', '.join(missing)}; {_TESTED}")
+        raise HOST.error(f"its PPO loss no longer takes {', '.join(missing)}")
     for advantage in (1.0, -1.0):
         try:
             kept = _try_bounds(advantage)
         except (AttributeError, AssertionError, TypeError, ValueError) as error:
-            raise InputError(f"verl=={verl.__version__}: its PPO loss failed a trial, {error!r}; {_TESTED}") from error
+            raise HOST.error(f"its PPO loss failed a trial, {error!r}") from error
         if kept != [True, False, True, False]:
-            raise InputError(f"verl=={verl.__version__}: its PPO loss does not clamp with bounds per token; {_TESTED}")
+            raise HOST.error("its PPO loss does not clamp with bounds per token")
 
 
 def _try_bounds(advantage: float) -> list[bool]:

@@ -1,0 +1,135 @@
+"""The frameworks that have an adapter: which versions fit, how to get one, and errors that say both."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from bandpo._checks import InputError
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package.
+
+    Args:
+        package: its name on the index.
+
+    Returns:
+        The version; None when it is not installed.
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Host:
+    """A framework that an adapter hooks into.
+
+    Args:
+        package: its name as a distribution.
+        fits: the versions whose seam is known, and the one that is tested.
+        way: how to install one of them.
+        part: a further package without which it is no engine, or None.
+        plugs: whether it loads the adapter by itself as it is imported, through an entry point.
+    """
+
+    package: str
+    fits: str
+    way: str
+    part: str | None = None
+    plugs: bool = False
+
+    def version(self) -> str | None:
+        """Return the version installed; None where the framework, or its part, is not."""
+        found = installed_version(self.package)
+        return found if self.part is None or installed_version(self.part) else None
+
+    def complaint(self, finding: str) -> str:
+        """Return one line: the version found, what is the matter, what is allowed and the way out.
+
+        Args:
+            finding: what is the matter.
+
+        Returns:
+            The line.
+        """
+        found = self.version()
+        label = f"{self.package}=={found}" if found else f"{self.package} (no version found)"
+        return f"{label}: {finding}; must be {self.fits}: {self.way}"
+
+    def error(self, finding: str) -> InputError:
+        """Return the error of a framework that does not fit; see `complaint`."""
+        return InputError(self.complaint(finding))
+
+    @contextmanager
+    def imports(self) -> Iterator[None]:
+        """Import from the framework inside; an ImportError then says how to get a version that fits."""
+        try:
+            yield
+        except ImportError as error:
+            raise type(error)(self.complaint(str(error)), name=error.name) from error
+
+    def find(self, owner: Any, name: str) -> Any:
+        """Return what the framework's module or class `owner` has under `name`.
+
+        Args:
+            owner: a module or class.
+            name: of a function.
+
+        Returns:
+            The function.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not hasattr(owner, name):
+            raise self.error(f"its {owner.__name__} has no {name} any more, where the clip goes")
+        return getattr(owner, name)
+
+    def check_source(self, owner: Any, name: str, parts: tuple[str, ...]) -> None:
+        """Raise unless the source of a function holds what the adapter relies on; how it is laid out does not matter.
+
+        Args:
+            owner: a module or class.
+            name: of its function.
+            parts: pieces of the function's source.
+
+        Raises:
+            InputError: the function or a part of it is gone.
+        """
+        source = "".join(inspect.getsource(self.find(owner, name)).split())
+        for part in parts:
+            if "".join(part.split()) not in source:
+                raise self.error(f"its {name} no longer holds `{part}`, where the clip goes")
+
+
+_EXTRA = "pip install 'bandpo[{}]'"
+HOSTS = {  # by the adapter's name
+    "trl": Host("trl", "trl>=1.10,<1.17, tested with trl==1.16.0", _EXTRA.format("train")),
+    "verl": Host(
+        "verl", "verl>=0.9.1,<0.10, tested with verl==0.9.1", f"{_EXTRA.format('verl')} in an environment of its own",
+        plugs=True,
+    ),
+    "torchrl": Host("torchrl", "torchrl>=0.14.1,<0.15, tested with torchrl==0.14.1", _EXTRA.format("engines")),
+    "rllib": Host(
+        "ray", "ray[rllib]>=2.60,<2.61, tested with ray[rllib]==2.60.0", _EXTRA.format("engines"), part="gymnasium"
+    ),
+    "tinker": Host("tinker", "tinker>=0.38,<0.39, tested with tinker==0.38.0", _EXTRA.format("engines")),
+    "skyrl": Host(
+        "skyrl", "skyrl>=0.4,<0.5, tested with skyrl==0.4.0", "pip install 'skyrl==0.4.0' on Python 3.12 or newer"
+    ),
+    "prime_rl": Host(
+        "prime-rl", "a commit with LossInputs and LossOutputs, read in 559b447",
+        "pip install 'git+https://github.com/PrimeIntellect-ai/prime-rl'",
+    ),
+    "slime": Host(
+        "slime", "slime 0.3.1 or newer, read in commit 00c2d6d",
+        "pip install 'git+https://github.com/THUDM/slime' (the index has another slime)",
+    ),
+}  # fmt: skip
