@@ -20,7 +20,7 @@ SKYRL_NEEDS ?= numpy ray==2.60.0 pydantic cloudpathlib jaxtyping loguru omegacon
 export HF_HUB_OFFLINE ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-verl test-skyrl python312 check bench bench-verl docs format clean
+.PHONY: demo test test-verl test-skyrl python312 check bench bench-gpu bench-verl docs format clean
 
 demo: $(READY)
 	$(BIN)/bandpo train demo
@@ -45,10 +45,16 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
+# Half an hour; every table and file in benchmarks/results but verl's, the audit's and a GPU's.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_core.py
+	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/safety.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_trl_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_torchrl_step.py
+
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/bench_kernel.py
 
 bench-verl: $(VERL_READY)
 	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python benchmarks/bench_verl_step.py

@@ -20,6 +20,8 @@ from bandpo.arithmetic import expm1
 from bandpo.move import LARGE, TINY, Move
 from bandpo.shape import SMALLEST, Shape, read_shape
 
+FEW = 4096  # tokens up to which calls cost more than arithmetic
+
 
 @dataclass(frozen=True, repr=False)
 class Divergence:
@@ -141,12 +143,24 @@ def by_tail(
     def bounds(log_p: Tensor, delta_low: Tensor, delta_high: Tensor) -> tuple[Tensor, Tensor]:
         floor, rest = floored(log_p, shape.reach)
         p = torch.exp(floor)
-        low = tail(p, rest, delta_low).div_(p).neg_()
-        w = tail(rest, p, delta_high).div_(rest).neg_()
+        if not torch.compiler.is_compiling() and p.numel() <= FEW:  # both sides at once: half as many calls
+            shrink, grow = torch.stack([p, rest]), torch.stack([rest, p])
+            low, w = tail(shrink, grow, _pair(delta_low, delta_high, log_p.dim())).div_(shrink).neg_().unbind()
+        else:
+            low = tail(p, rest, delta_low).div_(p).neg_()
+            w = tail(rest, p, delta_high).div_(rest).neg_()
         minus_rise = expm1(w, out=w).mul_(rest).div_(p)
         return low, continued(minus_rise.neg_().log1p_(), floor, log_p, shape)
 
     return bounds
+
+
+def _pair(low: Tensor, high: Tensor, dims: int) -> Tensor:
+    """Return both radii along a new first dimension, before those of tokens with so many; one radius as it is."""
+    if high is low:
+        return low
+    pair = torch.stack(torch.broadcast_tensors(low, high))  # type: ignore[no-untyped-call]
+    return pair.view(2, *(1,) * (dims + 1 - pair.dim()), *pair.shape[1:])
 
 
 def floored(log_p: Tensor, reach: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ No branch on values, no host synchronisation, no state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from bandpo.divergences import Divergence, by_tail
 from bandpo.side import Side, evaluations
 from bandpo.table import NODES, Table, table_bounds
 
-PIECE = 1 << 14  # tokens at a time on a CPU: the dozen tensors of a step then stay in its cache
+PIECE = 1 << 19  # bytes of log_p at a time on a CPU: more leave its caches, fewer cost more calls
 Bounds = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -32,17 +33,17 @@ def log_bounds(divergence: Divergence, log_p: Tensor, delta_low: Tensor, delta_h
 
     Source: arXiv 2603.04918, section 3.
     """
-    if divergence.narrow:
-        assert divergence.bounds is not None
-        return divergence.bounds(log_p, delta_low.to(log_p.dtype), delta_high.to(log_p.dtype))
     # f itself loses digits near 1, and a lower bound that nears ratio 0 hangs on the last digits of delta: float32 has
     # none to spare. Apple's GPUs have nothing wider.
-    wide = log_p.dtype if log_p.device.type == "mps" else torch.float64
-    deltas = delta_low.to(wide), delta_high.to(wide)
-    bounds, sides = divergence.bounds or _solver(divergence, log_p, *deltas), []
-    for piece in _pieces(log_p, *deltas):
-        sides.append([x.to(log_p.dtype) for x in bounds(piece[0].to(wide), *piece[1:])])
-    low, high = (torch.cat(side).view(log_p.shape) if len(side) > 1 else side[0] for side in zip(*sides, strict=True))
+    wide = log_p.dtype if divergence.narrow or log_p.device.type == "mps" else torch.float64
+    low = delta_low.to(wide)
+    deltas = low, low if delta_high is delta_low else delta_high.to(wide)
+    bounds = divergence.bounds or _solver(divergence, log_p, *deltas)
+    found = [
+        [x.to(log_p.dtype) for x in bounds(piece[0].to(wide), *piece[1:])] for piece in _pieces(wide, log_p, *deltas)
+    ]
+    sides = zip(*found, strict=True)
+    low, high = (torch.cat(side).view(log_p.shape) if len(side) > 1 else side[0] for side in sides)
     return low, high
 
 
@@ -67,10 +68,15 @@ def _pays(log_p: Tensor, *deltas: Tensor) -> bool:
     return many and one_radius and not torch.compiler.is_compiling()
 
 
-def _pieces(log_p: Tensor, *deltas: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    if torch.compiler.is_compiling() or log_p.device.type != "cpu" or log_p.numel() <= PIECE:
-        yield log_p, *deltas
+def _pieces(dtype: torch.dtype, log_p: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    size = PIECE // dtype.itemsize
+    if torch.compiler.is_compiling() or log_p.device.type != "cpu" or log_p.numel() <= size:
+        yield log_p, low, high
         return
-    flat = [d if d.numel() == 1 else d.expand(log_p.shape).flatten() for d in deltas]
-    for i, piece in enumerate(torch.split(log_p.flatten(), PIECE)):
-        yield piece, *(d if d.numel() == 1 else d[i * PIECE : (i + 1) * PIECE] for d in flat)
+    parts = [_split(x, log_p, size) for x in (log_p, low)]
+    parts.append(parts[1] if high is low else _split(high, log_p, size))
+    yield from zip(*parts, strict=False)  # a radius of one element repeats without end
+
+
+def _split(x: Tensor, like: Tensor, size: int) -> Iterable[Tensor]:
+    return itertools.repeat(x) if x.numel() == 1 < like.numel() else torch.split(x.expand(like.shape).flatten(), size)
