@@ -88,7 +88,7 @@ def compiled(tokens: int) -> dict[str, Callable[[], Tensor]]:
     logps, old, advantages, mask = batch(tokens)
     table = {
         "ppo": torch.compile(lambda x: ppo_loss(x, old, advantages, mask)),
-        # What no clip can go below: to read, weigh and sum; and with the two exponentials that tv needs, of old and ratio.
+        # what no loss can go below: to read, weigh and sum; and with the two exponentials that tv needs
         "weighted sum": torch.compile(lambda x: (x * advantages * mask).sum()),
         "weighted sum with two exp": torch.compile(lambda x: (torch.exp(x - old) * torch.exp(old) * mask).sum()),
     }

@@ -1,4 +1,4 @@
-"""The promises of `band` that hold for every token, on ten million random ones per divergence and dtype, garbage included.
+"""The promises of `band` for every token, kept on ten million random ones per divergence and dtype, garbage included.
 
 python benchmarks/safety.py [--tokens 10000000]      # about ten minutes; writes benchmarks/results/safety.md
 """

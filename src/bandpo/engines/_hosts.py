@@ -109,6 +109,8 @@ class Host:
                 raise self.error(f"its {name} no longer holds `{part}`, where the clip goes")
 
 
+LOSS_MODE = "bandpo"  # the loss's name in verl, and its configuration's place: for those who may not import verl
+TARGET = "bandpo.engines.verl.BandLossConfig"
 _EXTRA = "pip install 'bandpo[{}]'"
 HOSTS = {  # by the adapter's name
     "trl": Host("trl", "trl>=1.10,<1.17, tested with trl==1.16.0", _EXTRA.format("train")),

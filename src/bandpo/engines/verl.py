@@ -12,9 +12,8 @@ from torch import Tensor
 from bandpo import ClipStats, Region, clip_stats
 from bandpo._checks import InputError, check_number, nearest
 from bandpo.diagnostics import BUCKETS, FIELDS
-from bandpo.engines._hosts import HOSTS
+from bandpo.engines._hosts import HOSTS, LOSS_MODE, TARGET
 from bandpo.engines._margins import CLIP, View, make_clip, margins
-from bandpo.verl import LOSS_MODE, TARGET
 
 HOST = HOSTS["verl"]
 with HOST.imports():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bandpo._checks import InputError, nearest
-from bandpo.verl import LOSS_MODE, TARGET
+from bandpo.engines._hosts import LOSS_MODE, TARGET
 from bandpo.verl.recipe import ACTOR, DIRECT, LOSS, MODEL, ROLLOUT, Schedule, VerlRecipe, bare, schedule
 
 LOSSES = {"dapo": "token-mean", "grpo": "seq-mean-token-mean", "dr_grpo": "seq-mean-token-sum-norm"}
