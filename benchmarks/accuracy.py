@@ -6,14 +6,13 @@ python benchmarks/accuracy.py        # about five minutes; writes benchmarks/res
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import mpmath as mp
 import torch
-from common import RESULTS, machine
+from common import RESULTS, heading
 
 import bandpo
 
@@ -66,14 +65,8 @@ def worst(name: str, dtype: torch.dtype, copies: int) -> dict[str, tuple[Worst, 
 
 
 def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    about = machine()
     lines = [
-        "# Accuracy of `band`",
-        "",
-        f"Written by `python benchmarks/accuracy.py` at commit {commit.stdout.strip()}, torch {about['torch']}, "
-        f"{about['cpu']}.",
-        "",
+        *heading("Accuracy of `band`"),
         f"Largest relative error of `log_low` and `log_high` against {mp.mp.dps}-digit arithmetic, and the log p and "
         "delta where it is reached. Lower ratios below e^-60 are left out: they are 0 for any use, and it is only "
         f"checked that they come out below e^{GONE:g}. At log p = -0.0 the upper bound is exactly 0. bfloat16 "

@@ -44,14 +44,24 @@ def machine() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit that is checked out, in short; empty where git knows of none."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def heading(title: str) -> list[str]:
+    """The first lines of a page of results: its title, and what made it."""
+    about = machine()
+    made = f"`python {' '.join(sys.argv)}` at commit {commit()}, torch {about['torch']}, {about['cpu']}"
+    return [f"# {title}", "", f"Written by {made}.", ""]
+
+
 def write(name: str, rows: list[dict[str, Any]]) -> None:
     """Write the rows with the command, the commit and the machine beside them, and print them."""
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     record = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": head,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "rows": rows,

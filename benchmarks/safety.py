@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from common import RESULTS, machine
+from common import RESULTS, heading
 from torch import Tensor
 
 import bandpo
@@ -57,14 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=10_000_000)
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    about = machine()
     lines = [
-        "# Safety of `band`",
-        "",
-        f"Written by `python {' '.join(sys.argv)}` at commit {commit.stdout.strip()}, torch {about['torch']}, "
-        f"{about['cpu']}.",
-        "",
+        *heading("Safety of `band`"),
         f"Tokens that break a promise, of {args.tokens:,} random ones with log p from -1e4 to -1e-7 and, in every "
         f"{PIECE:,} of them, NaN, inf, -inf, 0, 5, -1e30 and -1e-45; summed over delta {', '.join(map(str, DELTAS))}.",
         "",

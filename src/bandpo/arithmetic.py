@@ -19,7 +19,7 @@ LEAST, MOST = -87.0, 88.0  # between which e^x is a float32 that is neither subn
 
 
 def exp(x: Tensor) -> Tensor:
-    """Return e^x, for x <= 88; in eager mode in the place of `x`; in compiled code 0 where it would be subnormal.
+    """Return e^x, for x <= 88; in compiled code 0 where it would be subnormal.
 
     Args:
         x: float32 or float64 tensor.
@@ -27,9 +27,7 @@ def exp(x: Tensor) -> Tensor:
     Returns:
         The result.
     """
-    if not torch.compiler.is_compiling():
-        return x.exp_()
-    if not _by_hand(x):
+    if not torch.compiler.is_compiling() or not _by_hand(x):
         return torch.exp(x)
     y, scale = _reduced(x)
     return torch.where(x < LEAST, 0.0, y * scale + scale)

@@ -24,7 +24,8 @@ class Move:
     Args:
         logps: log-probabilities of the taken actions under the new policy, any shape.
         old_logps: the same under the old policy, same shape.
-        mask: 1 for tokens, 0 for padding, or None. Padding becomes p = 1, r = 1 (inert), whatever it holds, NaN too.
+        mask: 1 for tokens, 0 for padding, or None. Padding has not moved (r = 1), whatever it holds, NaN too. Its p is
+            what it holds, and so may be NaN, and a divergence with it: that is above no radius, and no sum takes it.
     """
 
     def __init__(self, logps: Tensor, old_logps: Tensor, mask: Tensor | None = None) -> None:
@@ -46,12 +47,11 @@ class Move:
 
     def p(self) -> Tensor:
         """Return p."""
-        return exp(keep(*self._inputs[1:]))
+        return exp(self._inputs[1])
 
     def minus_rest(self) -> Tensor:
         """Return -(1 - p), with all its digits near p = 1, at most -`TINY`."""
-        log_p = keep(*self._inputs[1:])
-        return expm1(log_p, out=log_p).clamp_(max=-TINY)
+        return expm1(self._inputs[1]).clamp_(max=-TINY)
 
     def rest(self) -> Tensor:
         """Return 1 - p, with all its digits near p = 1, at least `TINY`."""

@@ -213,8 +213,8 @@ def _check_sides(clip: Region, logps: Tensor, old: Tensor) -> None:
             where = f"{_at('p', old.exp(), bad)}, {_at('r', log_ratio.exp(), bad)[3:]}"
             raise InputError(f"{name}.outside disagrees with its bounds {where}: must be 1, -1 or 0 by them")
         if not bool((out[len(old) :] == 0).all()):
-            raise InputError(f"{name}.outside is not 0 in padding: take p and r from the move, which is inert there")
-    if reached is None or reached.shape != mask.shape or not bool((reached >= 0).all()):
+            raise InputError(f"{name}.outside is not 0 in padding: take r from the move, which is 1 there")
+    if reached is None or reached.shape != mask.shape or not bool((reached[: len(old)] >= 0).all()):
         raise InputError(f"{name}.outside with want_reached must return the divergence too; use self.measure.of(move)")
 
 
