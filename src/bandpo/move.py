@@ -31,10 +31,11 @@ class Move:
     def __init__(self, logps: Tensor, old_logps: Tensor, mask: Tensor | None = None) -> None:
         dtype = working_dtype(logps)
         self._inputs = logps.to(dtype), old_logps.to(dtype), mask
-        log_p = keep(self._inputs[1], mask).clamp_(min=-LARGE)  # -inf - -inf would be NaN
+        log_p = self._inputs[1].clamp(min=-LARGE)  # -inf - -inf would be NaN
+        log_ratio = torch.sub(self._inputs[0], log_p, out=None if torch.compiler.is_compiling() else log_p)
         # e^80 is far past any use, and products with it stay finite
-        self.log_ratio = keep(self._inputs[0], mask).sub_(log_p).clamp_(-LARGE, 80.0)
-        del log_p
+        self.log_ratio = (log_ratio if mask is None else keep(log_ratio, mask)).clamp_(-LARGE, 80.0)
+        del log_p, log_ratio
         self.rise = expm1(self.log_ratio)
 
     def again(self) -> Move:
