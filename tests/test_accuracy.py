@@ -184,7 +184,7 @@ def test_many_tokens_at_one_radius_have_the_digits_of_each_alone(name, delta):
     torch.manual_seed(0)
     log_p = -torch.exp(torch.empty(40_000).uniform_(math.log(1e-7), math.log(1000)))
     edge = torch.log(1e-6 * torch.linspace(0.501, 3, 1000))  # where ratio 0 comes within reach at delta 1e-6
-    log_p = torch.cat([log_p, edge])
+    log_p = torch.cat([log_p, edge]).view(200, 205)
     many, alone = bandpo.band(log_p, delta, divergence), bandpo.band(log_p.double(), delta, divergence)
     lowest = -60.0  # below, the ratio is 0 for any use
     pairs = (many.log_low.clamp(min=lowest), alone.log_low.clamp(min=lowest)), (many.log_high, alone.log_high)
@@ -238,6 +238,22 @@ def test_cap_pair_and_broadcast():
     torch.testing.assert_close(pair.log_high, bandpo.band(log_p, 0.2).log_high)
     each = bandpo.band(log_p, torch.tensor([[0.01], [0.2]]))
     torch.testing.assert_close(each.log_high[1], pair.log_high[1])
+
+
+@pytest.mark.parametrize("name", ["kl", "hellinger", "js"])
+@pytest.mark.parametrize("many", [(256, 512), (48, 512)], ids=str)  # in pieces, in one
+def test_a_batch_is_its_rows(name, many):
+    """However many tokens, in whatever layout, with radii of whatever shape: as its rows two at a time."""
+    torch.manual_seed(0)
+    rows, columns = many
+    log_p = torch.log(torch.rand(columns, rows)).clamp(max=-1e-4).t()  # not contiguous
+    row, column = torch.rand(rows, 1) / 5 + 0.01, torch.rand(columns) / 5 + 0.01
+    for delta in (0.05, (0.01, 0.2), row, column, (row, 0.05), (0.05, column), (row, column)):
+        whole = bandpo.band(log_p, delta, name)
+        first = tuple(d[:2] if d is row else d for d in (delta if isinstance(delta, tuple) else (delta, delta)))
+        part = bandpo.band(log_p[:2], first if isinstance(delta, tuple) else first[0], name)
+        torch.testing.assert_close(whole.log_high[:2], part.log_high, rtol=3e-6, atol=0)
+        torch.testing.assert_close(whole.log_low[:2].clamp(min=-60), part.log_low.clamp(min=-60), rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

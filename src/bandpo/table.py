@@ -80,9 +80,11 @@ def table_bounds(divergence: Divergence, log_p: Tensor, low: Table, high: Table)
     Returns:
         (log_low, log_high).
     """
-    floor, rest = floored(log_p, divergence.shape.reach)
+    flat = log_p.flatten()  # as look-ups want it
+    floor, rest = floored(flat, divergence.shape.reach)
     log_odds = floor - rest.log_()
-    return low.low(log_odds), continued(high.high(log_odds), floor, log_p, divergence.shape)
+    log_high = continued(high.high(log_odds), floor, flat, divergence.shape)
+    return low.low(log_odds).view(log_p.shape), log_high.view(log_p.shape)
 
 
 def _edge(divergence: Divergence, delta: Tensor) -> Tensor:
