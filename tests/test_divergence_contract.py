@@ -18,6 +18,8 @@ OWN = {
     "plain kl": lambda u: -torch.log(u),
     "jeffreys": lambda u: (u - 1) * torch.log(u),
     "twice tv": lambda u: (u - 1).abs(),
+    "bent": lambda u: (u - 1) ** 2 / (u + 1) + 3 * (u - 2).clamp(min=0),
+    "hockey stick": lambda u: (u - 2).clamp(min=0),
 }
 ALPHAS = ["alpha:0.3", "alpha:-1.5", "alpha:3"]
 
