@@ -32,7 +32,8 @@ test: $(READY)
 test-verl: $(VERL_READY)
 	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/verl
 
-# SkyRL's own loss on the CPU, where there is a Python for it; -c /dev/null because most of what pytest is set up for is not in that environment.
+# SkyRL's own loss on the CPU, where there is a Python for it; -c /dev/null because most of what pytest is set up for is
+# not in that environment.
 test-skyrl: $(SKYRL_READY)
 	OMP_NUM_THREADS=1 $(SKYRL_VENV)/bin/python -m pytest -q -c /dev/null --rootdir . tests/engines -k skyrl
 

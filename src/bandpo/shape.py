@@ -88,13 +88,11 @@ def _is_smooth(f: Callable[[Tensor], Tensor], shape: Shape) -> bool:
     rise = torch.exp(torch.arange(-6.0, 29.0, BEND, dtype=torch.float64, device="cpu"))
     w = torch.log1p(shape.fall * rise) / shape.fall
     w = w[w < 29.0]
-    sides = []
-    for u, x in ((1 + rise, rise), (torch.exp(-w), torch.expm1(-w))):
-        sides.append(f(u) - shape.slope * x)
-    near_end = shape.at_zero - sides[1]
+    above, below = f(1 + rise) - shape.slope * rise, f(torch.exp(-w)) - shape.slope * torch.expm1(-w)
     if math.isfinite(shape.at_zero):
-        sides[1] = (sides[1] / near_end)[near_end > 1e-6 * shape.at_zero]
-    return all(bool((x.log().diff(n=3).abs() < 4 * BEND**3).all()) for x in sides)
+        left = shape.at_zero - below
+        below = (below / left)[left > 1e-6 * shape.at_zero]  # nearer to the end, `left` has no digits
+    return all(bool((x.log().diff(n=3).abs() < 4 * BEND**3).all()) for x in (above, below))
 
 
 def _log(x: float) -> float:
