@@ -1,5 +1,6 @@
 # Every target makes .venv by itself when there is none; all it needs is python3 (3.11 or newer), pip and make.
 PYTHON ?= python3
+GPU_PYTHON ?= $(PYTHON)
 VENV := .venv
 BIN := $(VENV)/bin
 # torch comes first and pinned: pip then takes the build that this platform offers, and nothing pulls another one.
@@ -20,7 +21,7 @@ SKYRL_NEEDS ?= numpy ray==2.60.0 pydantic cloudpathlib jaxtyping loguru omegacon
 export HF_HUB_OFFLINE ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-verl test-skyrl python312 check bench bench-gpu bench-verl docs format clean
+.PHONY: demo test test-verl test-skyrl python312 check bench gpu bench-gpu bench-verl docs format clean
 
 demo: $(READY)
 	$(BIN)/bandpo train demo
@@ -44,6 +45,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 # Half an hour; every table and file in benchmarks/results but verl's, the audit's and a GPU's.
@@ -53,6 +55,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/safety.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_trl_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_torchrl_step.py
+
+# On a machine with a GPU, PyTorch and Triton, without network or virtual environment; says what it had to leave out.
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/bench_kernel.py

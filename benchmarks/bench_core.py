@@ -61,18 +61,22 @@ def batch(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     old = torch.log_softmax(2 * torch.randn(tokens, 8), -1)[:, 0].clone()
     logps = (old + 0.2 * torch.randn(tokens)).clamp(max=-1e-6)
-    return logps, old, torch.randn(tokens), (torch.rand(tokens) > 0.1).float()
+    flat = logps, old, torch.randn(tokens), (torch.rand(tokens) > 0.1).float()
+    return tuple(x.view(-1, min(tokens, 1024)) for x in flat)  # type: ignore[return-value]  # as sequences
 
 
 def losses(tokens: int) -> dict[str, Callable[[], Tensor]]:
     logps, old, advantages, mask = batch(tokens)
-    clips = {_name(d): bandpo.Band(divergence=d, cap=None) for d in DIVERGENCES}
-    clips |= {"kl cap 10": bandpo.Band(), "fixed": bandpo.Fixed()}
+    clips: dict[str, Any] = {_name(d): bandpo.Band(divergence=d) for d in DIVERGENCES}
+    clips |= {"kl cap 10": bandpo.Band(cap=10.0)}
+    clips |= {name: bandpo.get_clip(name) for name in bandpo.list_clips() if name != "band"}
     table: dict[str, Callable[[Tensor], Tensor]] = {"ppo": lambda x: ppo_loss(x, old, advantages, mask)}
+    known = {"rollout_logps": old, "entropies": -old, "rewards": advantages.sign(), "state_divergence": -old / 100}
     for name, clip in clips.items():
         for metrics in (False, True) if name in CLOSED or "kl cap" in name else (False,):
-            table[f"{name}{' + metrics' if metrics else ''}"] = lambda x, clip=clip, metrics=metrics: (
-                bandpo.policy_loss(x, old, advantages, mask, clip=clip, metrics=metrics).loss
+            more: dict[str, Any] = {"clip": clip, "metrics": metrics, **{need: known[need] for need in clip.needs}}
+            table[f"{name}{' + metrics' if metrics else ''}"] = lambda x, more=more: (
+                bandpo.policy_loss(x, old, advantages, mask, **more).loss
             )
     return {name: lambda f=f: step(f, logps) for name, f in table.items()}
 
@@ -93,7 +97,7 @@ def compiled(tokens: int) -> dict[str, Callable[[], Tensor]]:
         "weighted sum with two exp": torch.compile(lambda x: (torch.exp(x - old) * torch.exp(old) * mask).sum()),
     }
     for name in CLOSED:
-        clip = bandpo.Band(divergence=name, cap=None)
+        clip = bandpo.Band(divergence=name)
         table[name] = torch.compile(
             lambda x, clip=clip: bandpo.policy_loss(x, old, advantages, mask, clip=clip, metrics=False).loss
         )
@@ -132,27 +136,25 @@ def imports(rounds: int) -> list[dict[str, Any]]:
 
 
 def memory(tokens: int) -> list[dict[str, Any]]:
-    """Peak extra memory of one policy_loss call, in float32 tensors of the tokens' shape."""
-    out = []
-    logps, old, advantages, mask = batch(tokens)
-    for name in CLOSED:
-        for metrics in (False, True):
-            x = logps.detach().requires_grad_()
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile:
-                bandpo.policy_loss(
-                    x, old, advantages, mask, clip=bandpo.Band(divergence=name, cap=None), metrics=metrics
-                )
-            held = peak = 0
-            events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-            for event in sorted(events, key=lambda e: e.start_ns()):
-                held += event.nbytes()
-                peak = max(peak, held)
-            out.append(
-                {"what": f"memory: {name}{' + metrics' if metrics else ''}", "float32_tensors": peak / (4 * tokens)}
-            )
-    return out
+    """Peak extra memory of one step, forward and backward, in float32 tensors of the tokens' shape."""
+    table = {name: f for name, f in losses(tokens).items() if name.removesuffix(" + metrics") in ("ppo", *CLOSED)}
+    held = {name: peak(f) / (4 * tokens) for name, f in table.items()}
+    return [
+        {"what": f"memory: {name}", "float32_tensors": n, "ratio_to_ppo": n / held["ppo"]} for name, n in held.items()
+    ]
+
+
+def peak(run: Callable[[], Tensor]) -> int:
+    """The most bytes held at once beyond those held before."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = most = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ class Baton(TrainerCallback):
 
 
 def make(
-    kind: type[GRPOTrainer], size: tuple[int, ...], rounds: int, out: str, baton: Baton, device: str
+    kind: type[GRPOTrainer], size: tuple[int, ...], rounds: int, out: str, baton: Baton, device: str, bf16: bool
 ) -> GRPOTrainer:
     width, layers, batch, tokens, updates = size
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def make(
     ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config = BandGRPOConfig if kind is BandGRPOTrainer else GRPOConfig
     args = config(
-        out, use_cpu=device == "cpu", bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+        out, use_cpu=device == "cpu", bf16=bf16, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
         save_strategy="no", logging_steps=1, learning_rate=1e-4, per_device_train_batch_size=batch, num_generations=8,
         steps_per_generation=updates, gradient_accumulation_steps=1, max_completion_length=tokens,
         generation_kwargs={"min_new_tokens": tokens}, max_steps=(rounds + 1) * updates,
@@ -91,12 +91,12 @@ def make(
     )  # fmt: skip
 
 
-def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
+def measure(name: str, rounds: int, device: str, bf16: bool) -> dict[str, Any]:
     """Time `rounds` rollouts of each trainer, who goes first changing from round to round."""
     size, sides, trainers = SIZES[name], {}, {}
     for key, kind in (("trl", GRPOTrainer), ("band", BandGRPOTrainer)):
         sides[key] = Baton(size[-1])
-        trainers[key] = make(kind, size, rounds, tempfile.mkdtemp(), sides[key], device)
+        trainers[key] = make(kind, size, rounds, tempfile.mkdtemp(), sides[key], device, bf16)
         trainers[key].remove_callback(transformers.PrinterCallback)
     for key, trainer in trainers.items():
         threading.Thread(target=trainer.train, daemon=True).start()
@@ -106,7 +106,7 @@ def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
             sides[key].turn()
     warm = max(2, rounds // 10)
     own, band = (sides[key].times[warm:] for key in ("trl", "band"))
-    row: dict[str, Any] = {"what": f"TRL rollout with its updates, {name}", "device": device}
+    row: dict[str, Any] = {"what": f"TRL rollout with its updates, {name}", "device": device, "bf16": bf16}
     row |= {"trl": trl.__version__, "transformers": transformers.__version__, "width": size[0], "layers": size[1]}
     row |= {"completions": size[2] * size[4], "tokens": size[3], "updates": size[4], "rounds": len(own)}
     for i, clock in enumerate(("processor", "wall")):
@@ -124,12 +124,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     write(
-        "trl_step",
-        [measure(name, args.rounds if name == "tiny" else args.rounds // 2, args.device) for name in args.sizes],
+        "trl_step" if args.device == "cpu" else f"trl_step-{args.device}",
+        [measure(n, args.rounds if n == "tiny" else args.rounds // 2, args.device, args.bf16) for n in args.sizes],
     )
 
 

@@ -1,7 +1,8 @@
-"""verl's actor update with the band against the same update with verl's own clip, taken in turn on one model.
+"""verl's actor update with other clips against the same update with verl's own, taken in turn on one model.
 
 It is verl's `TrainingWorker.train_mini_batch`, called as its trainer does, without Ray: one rank, FSDP2, four updates
-of one rollout, each forward, loss, metrics, backward, gradient clipping and optimizer. Target: <= 1.02.
+of one rollout, each forward, loss, metrics, backward, gradient clipping and optimizer. Target for Band: <= 1.02; the
+others (all metrics, a clip that goes as advantages, verl's own loss measured) are only measured.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ SETTINGS = [
     "actor_rollout_ref.model.use_remove_padding=false", "actor_rollout_ref.model.enable_gradient_checkpointing=false",
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa", f"{ACTOR}.optim.total_training_steps=100000",
 ]  # fmt: skip
-BAND = [
-    f"{ACTOR}.policy_loss._target_=bandpo.engines.verl.BandLossConfig", f"{ACTOR}.policy_loss.loss_mode=bandpo",
-    f"+{ACTOR}.policy_loss.clip_args={{divergence:kl,delta:0.05}}",
-]  # fmt: skip
+LOSS = f"{ACTOR}.policy_loss"
+OURS = [f"{LOSS}._target_=bandpo.engines.verl.BandLossConfig", f"{LOSS}.loss_mode=bandpo"]
+ARMS = {
+    "verl": [],
+    "band": OURS,
+    "band, all metrics": [*OURS, f"+{LOSS}.clip_metrics=full"],
+    "sapo": [*OURS, f"+{LOSS}.clip=sapo"],
+    "host": [*OURS, f"+{LOSS}.clip=host"],
+}
 
 
 def configuration(model: Path, batch: int, more: list[str]) -> Any:
@@ -111,32 +117,33 @@ def make_worker(config: Any, actor: Any) -> TrainingWorker:
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Time `rounds` rollouts' updates with each loss, who goes first changing from round to round."""
+    """Time `rounds` rollouts' updates with each loss, in an order that goes round from one to the next."""
     torch.manual_seed(0)
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
         make_model(size, Path(folder))
-        configs = {key: configuration(Path(folder), size[3], more) for key, more in (("verl", []), ("band", BAND))}
+        configs = {key: configuration(Path(folder), size[3], more) for key, more in ARMS.items()}
         actors = {key: omega_conf_to_dataclass(config.actor) for key, config in configs.items()}
         worker = make_worker(configs["verl"], actors["verl"])
     data, times, logged = make_rollout(size), {key: [] for key in actors}, {}
     for i in range(rounds + 2):
-        for key in sorted(actors, reverse=bool(i % 2)):
+        for key in [*ARMS][i % len(ARMS) :] + [*ARMS][: i % len(ARMS)]:
             worker.set_loss_fn(partial(ppo_loss, config=actors[key]))
             start = time.process_time(), time.perf_counter()
             output = worker.train_mini_batch(data=data.clone())
             if i >= 2:
                 times[key].append((time.process_time() - start[0], time.perf_counter() - start[1]))
             logged[key] = tensordict_utils.get(output, "metrics")
-    assert "actor/band/tokens_sum" in logged["band"] and "actor/band/tokens_sum" not in logged["verl"]
+    assert all(("actor/clip/tokens_sum" in metrics) == (key != "verl") for key, metrics in logged.items())
     row: dict[str, Any] = {"what": f"verl actor update, {name}", "verl": verl.__version__}
     row |= dict(zip(("width", "layers", "vocabulary", "responses", "prompt", "tokens"), size, strict=True))
     row |= {"updates": UPDATES, "rounds": rounds}
     for i, clock in enumerate(("processor", "wall")):
-        ratios = [band[i] / own[i] for own, band in zip(times["verl"], times["band"], strict=True)]
         row[f"{clock}_verl_seconds"] = statistics.median(own[i] for own in times["verl"])
-        for place, value in zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(ratios, n=4), strict=True):
-            row[f"{clock}_ratio_{place}"] = value
+        for key in [key for key in ARMS if key != "verl"]:
+            ratios = [ours[i] / own[i] for own, ours in zip(times["verl"], times[key], strict=True)]
+            quartiles = zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(ratios, n=4), strict=True)
+            row |= {f"{key}: {clock}_ratio_{place}": value for place, value in quartiles}
     return row
 
 

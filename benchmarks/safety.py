@@ -17,7 +17,7 @@ from torch import Tensor
 import bandpo
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from exact import NAMES  # noqa: E402
+from truth.bounds import NAMES  # noqa: E402
 
 DELTAS = (1e-6, 0.05, 20.0)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,8 @@ from torch import Tensor
 
 import bandpo
 from bandpo import plots
-from bandpo.divergences import by_tail
-from bandpo.family import FAMILY
-from bandpo.side import Side
+from bandpo.operator.family import FAMILY
+from bandpo.operator.solver import fall, tail_bounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,10 +45,7 @@ def errors(name: str, most: int = 8) -> list[float]:
     divergence = bandpo.get_divergence(name)
 
     def after(steps: int) -> Tensor:
-        def tail(shrink: Tensor, grow: Tensor, delta: Tensor) -> Tensor:
-            return Side(divergence, shrink, grow, delta).fall(steps).mul_(shrink)
-
-        low, high = by_tail(tail, divergence.shape)(log_p, delta, delta)
+        low, high = tail_bounds(functools.partial(fall, divergence, steps), divergence.shape, log_p, delta, delta)
         return torch.stack([low.clamp(max=0.0), torch.minimum(high.clamp(min=0.0), -log_p)])
 
     exact = after(ENOUGH)

@@ -7,9 +7,9 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from exact import AT_ZERO, NAMES, F, cressie_read, exact_bounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from truth.bounds import AT_ZERO, NAMES, F, cressie_read, exact_bounds
 
 import bandpo
 

@@ -5,10 +5,10 @@ import math
 import mpmath as mp
 import pytest
 import torch
-from exact import NAMES, F
+from truth.bounds import NAMES, F
 
 import bandpo
-from bandpo.certificate import evaluate
+from bandpo.operator.certificate import evaluate
 
 DELTAS = [1e-3, 0.05, 0.3, 10.0]
 

@@ -96,7 +96,7 @@ def test_interruption_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkeyp
     def stop(args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_bounds", stop)
+    monkeypatch.setattr(cli.bounds, "_bounds", stop)
     assert run(capsys, "bounds", "--p", "0.1") == (1, "", "bandpo: interrupted\n")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bandpo
-from bandpo import arithmetic
+from bandpo.operator.tokens import expm1
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, several of them
 NAMES = ["kl", "tv", "chi2", "reverse_kl", "neyman", "hellinger", "js", "alpha:-1.5", "alpha:3"]
@@ -50,15 +50,12 @@ def test_one_graph_for_every_shape(name):
             torch.testing.assert_close(x, y, rtol=2e-4, atol=2e-6)
 
 
-def test_the_arithmetic_that_compilers_get_has_the_digits():
-    """The same formulas, run operation by operation, against float64."""
+def test_the_expm1_that_compilers_get_has_the_digits():
+    """The same formula, run operation by operation, against float64; Inductor's own has none near 0."""
     small = torch.logspace(-30, 0, 3000)
     x = torch.cat([-small, small, torch.linspace(-87, 80, 20_001), torch.tensor([0.0, -1000.0, -3e38])])
-    y = torch.cat([-small, small, torch.logspace(0, 38, 3000), torch.tensor([0.0, -1.0, -1 + 2**-24])])
-    for name, points in (("exp", x), ("expm1", x), ("log1p", y)):
-        compiled = torch.compile(getattr(arithmetic, name), backend="eager", fullgraph=True)
-        got, want = compiled(points), getattr(torch, name)(points.double()).float()
-        torch.testing.assert_close(got, want, rtol=4e-7, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+    compiled = torch.compile(expm1, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), x.double().expm1().float(), rtol=4e-7, atol=0)
     assert compiled(torch.tensor([math.nan])).isnan()
 
 

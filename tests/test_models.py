@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.train import models
 from bandpo.train.evaluate import accuracy_interval, evaluate
 from bandpo.train.tasks import get_task

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bandpo._checks import InputError
-from bandpo.diagnostics import BUCKETS
+from bandpo._input import InputError
+from bandpo.loss.stats import BUCKETS
 from bandpo.train import figures
 from bandpo.train.history import clip_label, read_run, read_runs, with_arms
 from bandpo.train.report import write_report
@@ -240,6 +240,6 @@ def test_bucket_rates_are_weighted_by_tokens(tmp_path: Path) -> None:
 
 
 def test_clip_labels() -> None:
-    assert clip_label({"clip": "band", "clip_args": {}}) == "band kl 0.05, cap 10", "defaults are filled in"
+    assert clip_label({"clip": "band", "clip_args": {}}) == "band kl 0.05", "defaults are filled in"
     assert clip_label({"clip": "clip-higher"}) == "clip-higher 0.2 / 0.28"
     assert clip_label({"clip": "none", "clip_args": {}}) == "no clip" and clip_label({}) == "unknown clip"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.train.tasks import get_task
 
 GYM = [f"reasoning-gym:{name}" for name in ("basic_arithmetic", "letter_counting", "spell_backward", "leg_counting")]

@@ -14,21 +14,52 @@ from trl_support import digits, make_model, make_tokenizer, make_trainer, prompt
 
 import bandpo
 import bandpo.engines.trl as engine
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.engines.trl import BandGRPOConfig, BandGRPOTrainer, NonFiniteError, check_seam
 
+
+class Opposed:
+    """A clip of which nothing is known but c."""
+
+    def coefficient(self, tokens):
+        return tokens.weighted * (1 - tokens.rise)
+
+
+class Rollout(Opposed):
+    needs = ("rollout_logps",)
+
+
+OPPOSED, ROLLOUT = Opposed(), Rollout()
+VLLM = {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}
 REFUSALS = [
-    ({"loss_type": "sapo"}, ["loss_type='sapo'", "dapo", "cispo"]),
-    ({"loss_type": "vespo"}, ["loss_type='vespo'", "GRPOTrainer"]),
+    ({"loss_type": "sapo"}, ["loss_type='sapo'", "clip='sapo' and loss_type='grpo'", "clip='host'"]),
+    ({"loss_type": "cispo"}, ["loss_type='cispo'", "clip='cispo' and loss_type='dapo'", "clip='host'"]),
+    ({"loss_type": "vespo"}, ["loss_type='vespo'", "clip='host'"]),
     ({"loss_type": "dr-grpo"}, ["did you mean 'dr_grpo'"]),
-    ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence'", "'token'"]),
+    ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence'", "clip='gspo'"]),
+    ({"clip": "gspo", "importance_sampling_level": "sequence"}, ["must be 'token'"]),
     ({"epsilon": 0.1}, ["epsilon=0.1", "clip='fixed'", "eps_low"]),
     ({"epsilon_high": 0.28}, ["epsilon_high=0.28", "eps_high"]),
+    ({"delta": 0.05}, ["delta=0.05", "above 1", "clip_args={'delta': 0.05}"]),
+    ({"clip": "sapo", "delta": 4.0}, ["delta=4.0 with clip='sapo'", "dual_clip"]),
+    ({"clip": "host", "delta": 0.5}, ["delta=0.5"]),
+    ({"clip": "host", "clip_args": {"delta": 0.05}}, ["clip='host'"]),
+    ({"clip": "gspo", "top_entropy_quantile": 0.8}, ["top_entropy_quantile=0.8 with clip='gspo'", "single tokens"]),
+    ({"clip": "gspo", "use_bias_correction_kl": True, "beta": 0.1}, ["use_bias_correction_kl=True with clip='gspo'"]),
+    ({"clip": "gspo", **VLLM}, ["vllm_importance_sampling_mode='token_truncate'", "'sequence_mask'"]),
     ({"clip": "bend"}, ["bend", "did you mean 'band'"]),
+    ({"clip": "sides", "clip_args": {"low": {"clip": "fixd"}}}, ["did you mean 'fixed'"]),
     ({"clip_args": {"delt": 0.1}}, ["delt", "did you mean 'delta'"]),
     ({"clip_args": {"delta": 0.0}}, ["delta=0"]),
     ({"clip_args": "delta"}, ["clip_args='delta'", "dict"]),
-    ({"clip": bandpo.NoClip()}, ["clip=NoClip()", "trainer.clip"]),
+    ({"clip": 3}, ["clip=3", "must be a name"]),
+    (
+        {"clip_args": {"divergence": bandpo.Divergence("x", lambda u: (u - 1) ** 2)}},
+        ["cannot be saved", "file.py:name"],
+    ),
+    ({"clip_metrics": "breif"}, ["clip_metrics='breif'", "did you mean 'brief'"]),
+    ({"clip": OPPOSED, "off_policy_mask_threshold": 0.1}, ["off_policy_mask_threshold=0.1", "sign of A"]),
+    ({"clip": ROLLOUT}, ["needs rollout_logps", "TRL without vLLM"]),
 ]
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from bandpo import InputError, cli
-from bandpo.diagnostics import BUCKETS, FIELDS
+from bandpo.engines._adapter import as_sums, chosen_sums
+from bandpo.loss.stats import BRIEF, BUCKETS, FIELDS, ClipStats
 from bandpo.train.display import Display
 from bandpo.train.folder import RunFolder
 from bandpo.train.recipe import RecipeFile, load_recipe, read_recipe, recipe_names, rollout_steps
@@ -133,6 +135,31 @@ def test_verls_own_keys_come_last_and_are_kept_with_the_recipe(tmp_path: Path) -
     assert words["clip_args"] == {"eps_high": 0.3} and words["use_cpu"] is True and words["seed"] == 3
 
 
+def test_every_kind_of_clip_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = f"+{ACTOR}.policy_loss"
+    sides = {"high": {"clip": "band", "delta": 0.05}, "low": {"clip": "fixed", "eps_low": 0.2}}
+    found = lines(made(tmp_path, clip="sides", clip_args=sides, clip_metrics="full"))
+    assert found[f"{loss}.clip"] == "sides" and found[f"{loss}.clip_metrics"] == "full"
+    assert found[f"{loss}.clip_args"] == "{high:{clip:band,delta:0.05},low:{clip:fixed,eps_low:0.2}}"
+    assert (
+        f"{loss}.clip_args" not in (found := lines(made(tmp_path, "--clip", "sapo")))
+        and found[f"{loss}.clip"] == "sapo"
+    )
+    assert f"{loss}.clip_metrics" not in found, "the loss's own default"
+    own = {f"{ACTOR}.clip_ratio_high": 0.28, f"+{ACTOR}.policy_loss.host_loss_mode": "gspo"}
+    found = lines(made(tmp_path, clip="host", verl=own))
+    assert found[f"{loss}.clip"] == "host" and found[f"{ACTOR}.clip_ratio_high"] == "0.28"
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "import bandpo\nclass Half:\n    def coefficient(self, tokens):\n        return tokens.weighted / 2\n"
+        "mine = bandpo.get_divergence('js')\n"
+    )
+    found = lines(made(tmp_path, clip="mine.py:Half"))
+    assert found[f"{loss}.clip"] == f'"{tmp_path}/mine.py:Half"', "the workers may run elsewhere"
+    found = lines(made(tmp_path, clip="dgpo", clip_args={"region": {"clip": "band", "divergence": "mine.py:mine"}}))
+    assert found[f"{loss}.clip_args"] == f'{{region:{{clip:band,divergence:"{tmp_path}/mine.py:mine"}}}}'
+
+
 REFUSED = {
     "--max_stesp 3": "did you mean 'max_steps'?",
     "--min_p 0.1": "has no counterpart in verl",
@@ -140,10 +167,13 @@ REFUSED = {
     "--lr_scheduler_type linear": "verl has constant",
     "--scale_rewards batch": "scale_rewards='batch'",
     "--epsilon 0.1": "clip: fixed",
-    "--delta 3": "dual clip",
+    "--delta 3": "clip_args.delta; verl caps ratios with a dual clip",
     "--num_train_epochs 3": "give max_steps",
     "--clip bnd": "(did you mean 'band'?)",
     "--clip_args.dela 0.1": "(did you mean 'delta'?)",
+    "--clip host --clip_args.delta 0.1": "must be left out, set verl's own keys",
+    "--clip_metrics fulll": "(did you mean 'full'?)",
+    f"+{ACTOR}.policy_loss.clip_metrics=full": "clip_metrics sets it",
     "--task additoin": "(did you mean 'addition'?)",
     "--max_steps 3.5": "takes int",
     "--max_steps": "needs a value",
@@ -351,22 +381,18 @@ def test_a_ray_address_is_tried_before_verl_is_started(tmp_path: Path, monkeypat
 # ---------------------------------------------------------------- while verl runs
 
 
-def band_metrics(tokens: dict[str, float], above: dict[str, float]) -> dict[str, float]:
-    """What the loss reports, a mean over micro-batches."""
-    total = {name: 0.0 for name in FIELDS} | {"tokens": sum(tokens.values()), "zero_grad_above": sum(above.values())}
-    found = {f"actor/band/{name}_sum": value for name, value in total.items()}
-    for bucket in BUCKETS:
-        found |= {
-            f"actor/band/tokens_sum/{bucket}": tokens.get(bucket, 0.0),
-            f"actor/band/zero_grad_below_sum/{bucket}": 0.0,
-        }
-        found[f"actor/band/zero_grad_above_sum/{bucket}"] = above.get(bucket, 0.0)
-    return found
+def clip_metrics(tokens: dict[str, float], above: dict[str, float], how_much: str = "full") -> dict[str, float]:
+    """What the loss reports of tokens with A > 0, a mean over micro-batches."""
+    sums = torch.zeros(3, len(BUCKETS), len(FIELDS), dtype=torch.float64)
+    for name, counts in (("tokens", tokens), ("zero_grad_above", above)):
+        sums[2, :, FIELDS.index(name)] = torch.tensor([counts.get(bucket, 0.0) for bucket in BUCKETS])
+    stats = ClipStats(sums, torch.zeros(3, len(BUCKETS), 3))
+    return chosen_sums(as_sums(stats), how_much, "actor/clip/")
 
 
 def step_line(rollout: int, *, ours: bool = True, val: bool = False) -> str:
     data = {"actor/pg_loss": 0.1, "critic/score/mean": rollout / 10, "actor/entropy": 0.5, "timing_s/step": 2.0}
-    data |= band_metrics({"p0-0.01": 10.0, "p0.5-0.9": 30.0}, {"p0-0.01": 4.0}) if ours else {"actor/pg_clipfrac": 0.2}
+    data |= clip_metrics({"p0-0.01": 10.0, "p0.5-0.9": 30.0}, {"p0-0.01": 4.0}) if ours else {"actor/pg_clipfrac": 0.2}
     data |= {"val-core/addition/acc/mean@2": 0.5} if val else {}
     return json.dumps({"step": rollout, "data": data}) + "\n"
 
@@ -428,8 +454,9 @@ def test_verls_log_becomes_the_records_of_a_run(tmp_path: Path) -> None:
     assert [(r["step"], r["accuracy"]) for r in evals] == [(4, 0.75)] and evals[0]["low"] < 0.75 < evals[0]["high"]
     last = records[-1]
     assert (last["step"], last["rollout"], last["seconds"], last["reward"], last["entropy"]) == (8, 4, 8.0, 0.4, 0.5)
-    assert last["clipped"] == last["clip/zero_grad_above"] == 0.1 and last["clip/zero_grad_above/p0-0.01"] == 0.4
-    assert last["clip/share/p0.5-0.9"] == 0.75 and last["clip/share/p0.1-0.5"] == 0.0
+    assert last["clipped"] == last["clip/zero_grad_above"] == pytest.approx(0.1)
+    assert last["clip/zero_grad_above/p0-0.01"] == last["clip/zero_grad/pos/p0-0.01"] == pytest.approx(0.4)
+    assert last["clip/share/p0.5-0.9"] == 0.75 and last["clip/share/p0.1-0.5"] == last["clip/zero_grad/neg"] == 0.0
     assert found.folder.info()["after"]["accuracy"] == 1.0
     shown = [event for event in found.display.events if event["event"] == "step"]
     assert [event["left"] for event in shown] == [6.0, 4.0, 2.0, 0.0] and shown[0]["steps"] == 8
@@ -467,6 +494,15 @@ def test_another_loss_is_noticed_in_the_first_rollout(tmp_path: Path) -> None:
         found.poll()
 
 
+def test_verls_own_loss_and_one_without_metrics_are_not_taken_for_another(tmp_path: Path) -> None:
+    found = collector(tmp_path)
+    found.measured = False
+    found.log.write_text(step_line(1, ours=False))
+    found.poll()
+    (record,) = found.folder.metrics()
+    assert record["actor/pg_clipfrac"] == 0.2 and not any(key.startswith("clip") for key in record)
+
+
 def test_a_failed_request_leaves_its_prompt_out() -> None:
     rows = [{"uid": f"a-{i}_{k}_0", "acc": float(i == 0)} for i in range(3) for k in range(2)][:-1]
     found = evaluation(rows)
@@ -474,8 +510,18 @@ def test_a_failed_request_leaves_its_prompt_out() -> None:
 
 
 def test_metrics_that_are_no_numbers_are_left_out() -> None:
-    found = step_record({"actor/lr": math.nan, "x": "text", "actor/grad_norm": 1.5, **band_metrics({}, {})})
+    found = step_record({"actor/lr": math.nan, "x": "text", "actor/grad_norm": 1.5, **clip_metrics({}, {})})
     assert found["grad_norm"] == 1.5 and not {"learning_rate", "x"} & set(found) and found["clipped"] == 0.0
+
+
+def test_brief_sums_are_the_same_shares_without_buckets() -> None:
+    """Averages may be below one token: a fifth of a token, a tenth of it clipped, is a half."""
+    made = {"p0-0.01": 0.2, "p0.5-0.9": 0.6}, {"p0-0.01": 0.1}
+    full, brief = (step_record(clip_metrics(*made, how_much)) for how_much in ("full", "brief"))
+    assert full["clip/zero_grad_above/p0-0.01"] == 0.5 and full["clipped"] == brief["clipped"] == 0.125
+    assert brief == {key: x for key, x in full.items() if key in brief} and not any("/p" in key for key in brief)
+    assert {key.removeprefix("clip/") for key in brief} == {*BRIEF, "clipped"} - {"capped"}
+    assert step_record(clip_metrics(*made, "none")) == {}
 
 
 def test_a_checkpoint_counts_when_it_is_whole_and_something_is_left_to_do(tmp_path: Path) -> None:
@@ -505,7 +551,7 @@ LOGS = {
     "RuntimeError: Failed to connect to GCS.\nray.exceptions.ActorDiedError: The actor died unexpectedly": (
         "a worker was lost"
     ),
-    "(WorkerDict pid=7) bandpo._checks.InputError: clip_ratio=0.1: must be left out\n(raylet) A worker died of an "
+    "(WorkerDict pid=7) bandpo._input.InputError: clip_ratio=0.1: must be left out\n(raylet) A worker died of an "
     "unexpected system error\nray.exceptions.ActorDiedError: The actor died unexpectedly": "InputError: clip_ratio=0.1",
     "Error in call to target 'a.BandLossConfig':\nInputError(\"delta=0\")": "a.BandLossConfig refuses its settings: In",
     "": "it printed nothing",

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from exact import NAMES
 from torch._subclasses.fake_tensor import FakeTensorMode
+from truth.bounds import NAMES
 
 import bandpo
-from bandpo import whole
-from bandpo.diagnostics import BUCKETS, EDGES
+from bandpo.analysis import audit as whole
+from bandpo.loss.stats import BUCKETS, EDGES
 
 SUMS = {  # over the distributions themselves, not through f
     "kl": lambda p, q: p * (p / q).log(),

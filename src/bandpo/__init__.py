@@ -1,34 +1,38 @@
-"""BandPO: trust regions projected into ratio bounds that know each token's probability (arXiv 2603.04918)."""
+"""BandPO and every ratio clip of LLM reinforcement learning: a clip is its gradient coefficient c(p, r, A)."""
 
-from bandpo import radii as radii
 from bandpo import testing as testing
-from bandpo._checks import InputError as InputError
-from bandpo.aggregation import aggregate as aggregate
-from bandpo.bounds import Bounds as Bounds
-from bandpo.bounds import band as band
-from bandpo.bounds import band_eps as band_eps
-from bandpo.bounds import binary_divergence as binary_divergence
-from bandpo.bounds import implied_delta as implied_delta
-from bandpo.bounds import in_band as in_band
-from bandpo.certificate import Certificate as Certificate
-from bandpo.certificate import certify as certify
-from bandpo.clips import Band as Band
-from bandpo.clips import Fixed as Fixed
-from bandpo.clips import NoClip as NoClip
-from bandpo.clips import Region as Region
-from bandpo.clips import Sides as Sides
+from bandpo._input import InputError as InputError
+from bandpo.analysis.audit import Audit as Audit
+from bandpo.analysis.audit import audit as audit
+from bandpo.analysis.audit import top_k_divergence as top_k_divergence
+from bandpo.analysis.audit import whole_divergence as whole_divergence
+from bandpo.analysis.match import match_delta as match_delta
+from bandpo.clips import clip_advantages as clip_advantages
 from bandpo.clips import get_clip as get_clip
-from bandpo.diagnostics import ClipStats as ClipStats
-from bandpo.divergences import Divergence as Divergence
-from bandpo.family import get_divergence as get_divergence
-from bandpo.loss import LossOutput as LossOutput
-from bandpo.loss import clip_stats as clip_stats
-from bandpo.loss import policy_loss as policy_loss
-from bandpo.radii import match_delta as match_delta
-from bandpo.whole import Audit as Audit
-from bandpo.whole import audit as audit
-from bandpo.whole import top_k_divergence as top_k_divergence
-from bandpo.whole import whole_divergence as whole_divergence
+from bandpo.clips import list_clips as list_clips
+from bandpo.clips.base import Clip as Clip
+from bandpo.clips.base import Region as Region
+from bandpo.clips.combined import Sides as Sides
+from bandpo.clips.gates import Gate as Gate
+from bandpo.clips.regions import Band as Band
+from bandpo.clips.regions import Fixed as Fixed
+from bandpo.clips.regions import NoClip as NoClip
+from bandpo.loss.aggregation import aggregate as aggregate
+from bandpo.loss.policy import LossOutput as LossOutput
+from bandpo.loss.policy import clip_stats as clip_stats
+from bandpo.loss.policy import policy_loss as policy_loss
+from bandpo.loss.stats import ClipStats as ClipStats
+from bandpo.operator.band import Bounds as Bounds
+from bandpo.operator.band import band as band
+from bandpo.operator.band import band_eps as band_eps
+from bandpo.operator.band import binary_divergence as binary_divergence
+from bandpo.operator.band import implied_delta as implied_delta
+from bandpo.operator.band import in_band as in_band
+from bandpo.operator.certificate import Certificate as Certificate
+from bandpo.operator.certificate import certify as certify
+from bandpo.operator.divergence import Divergence as Divergence
+from bandpo.operator.family import get_divergence as get_divergence
+from bandpo.operator.tokens import Tokens as Tokens
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,25 +40,30 @@ __all__ = [
     "Band",
     "Bounds",
     "Certificate",
+    "Clip",
     "ClipStats",
     "Divergence",
     "Fixed",
+    "Gate",
     "InputError",
     "LossOutput",
     "NoClip",
     "Region",
     "Sides",
+    "Tokens",
     "aggregate",
     "audit",
     "band",
     "band_eps",
     "binary_divergence",
     "certify",
+    "clip_advantages",
     "clip_stats",
     "get_clip",
     "get_divergence",
     "implied_delta",
     "in_band",
+    "list_clips",
     "match_delta",
     "policy_loss",
     "top_k_divergence",

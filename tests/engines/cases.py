@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import bandpo
+
 Tensor = torch.Tensor
 NEVER = (0.9999999, 1e30)  # margins that no ratio leaves
 
@@ -29,22 +31,61 @@ class Tokens:
     def new(self) -> Tensor:
         return self.logits.log_softmax(-1).gather(-1, self.actions[..., None])[..., 0]
 
-    def flat(self) -> tuple[Tensor, ...]:
-        return tuple(x.flatten() for x in (self.new(), self.old, self.advantages, self.mask))
-
     def rows(self) -> list[tuple[Tensor, ...]]:
         return list(zip(self.new(), self.old, self.advantages, self.mask, strict=True))
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss.sum(), self.logits, retain_graph=True)[0]
+
+    def seen(self) -> bandpo.Tokens:
+        """What a clip may look at; the sampler's log-probabilities are a little off."""
+        return bandpo.Tokens(self.new(), self.old, self.advantages, self.mask, rollout_logps=self.old - 0.1)
+
+
+def tokens(seed: int = 0) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, 5, 4, generator=generator) * 2
+    actions = torch.randint(0, 4, (6, 5), generator=generator)
+    old = (logits + torch.randn(6, 5, 4, generator=generator) * 1.2).log_softmax(-1)
+    old = old.gather(-1, actions[..., None])[..., 0]
+    advantages = torch.randn(6, 5, generator=generator)
+    mask = (torch.arange(5) >= torch.tensor([0, 0, 1, 2, 0, 3])[:, None]).float()  # left padding suits all engines
+    return Tokens(logits.requires_grad_(), actions, old, advantages, mask)
 
 
 @dataclasses.dataclass
 class Case:
-    """How to call one engine; `own` is None where the engine cannot be installed."""
+    """How to call one engine.
+
+    Args:
+        ours: (tokens, clip, clip_args, clip_metrics="brief") -> loss and metrics through our adapter.
+        own: (tokens, eps_low, eps_high) -> loss of the engine itself.
+        margins: that the engine's own loss takes.
+        padded: whether it has a mask where the clip goes.
+        inert: whether its padding may hold anything.
+        takes_logps: whether it hands the loss log-probabilities of the policy in training, padding too.
+        whole: whether its loss is ours, `bandpo.policy_loss`.
+        rows: whether the loss sees one sequence at a time.
+        clipped: the name of the engine's own metric of what its clip did, if it has one.
+    """
 
     ours: Callable[..., tuple[Tensor, dict[str, Any]]]
-    own: Callable[[Tokens, float, float], Tensor] | None
+    own: Callable[[Tokens, float, float], Tensor]
     margins: tuple[float, float] = (0.2, 0.28)
     padded: bool = True
-    takes_logps: bool = False  # the engine hands the loss log-probabilities of the policy in training, padding too
+    inert: bool = True
+    takes_logps: bool = False
+    whole: bool = False
+    rows: bool = False
+    clipped: str = ""
+
+    def fit(self, x: Tokens) -> Tokens:
+        """The same tokens, without padding where the engine has no mask."""
+        return x if self.padded else dataclasses.replace(x, mask=torch.ones_like(x.mask))
+
+    def carries(self, x: Tokens, c: Tensor) -> Tensor:
+        """The gradient of the engine's own loss whose coefficient is c, normalised in its own way: r = 1 and A = c."""
+        return x.gradient(self.own(dataclasses.replace(x, old=x.new().detach(), advantages=c), *NEVER))
 
 
 def needs(*packages: str, why: str = "") -> None:
@@ -62,7 +103,7 @@ def torchrl_ppo() -> Case:
 
     from bandpo.engines.torchrl import BandClipPPOLoss
 
-    def run(x: Tokens, kind: Any, **options: Any) -> tuple[Tensor, dict[str, Any]]:
+    def run(x: Tokens, kind: Any, how_much: str, **options: Any) -> tuple[Tensor, dict[str, Any]]:
         net = TensorDictModule(torch.nn.Identity(), in_keys=["obs"], out_keys=["logits"])
         actor = ProbabilisticActor(
             net, in_keys=["logits"], distribution_class=torch.distributions.Categorical, return_log_prob=True
@@ -71,13 +112,14 @@ def torchrl_ppo() -> Case:
         loss.set_keys(sample_log_prob="sample_log_prob")
         data = {"obs": x.logits.flatten(0, 1), "action": x.actions.flatten(), "sample_log_prob": x.old.flatten()}
         out = loss(TensorDict(data | {"advantage": x.advantages.flatten()[:, None]}, [x.old.numel()]))
-        assert not [name for name in loss.state_dict() if "epsilon" not in name and "coef" not in name]
-        return out["loss_objective"], loss.clip_metrics() if kind is BandClipPPOLoss else {}
+        metrics = {"clip_fraction": out["clip_fraction"]}
+        return out["loss_objective"], metrics | (loss.clip_metrics(how_much=how_much) if how_much else {})
 
     return Case(
-        lambda x, clip, args: run(x, BandClipPPOLoss, clip=clip, clip_args=args),
-        lambda x, low, high: run(x, ClipPPOLoss, clip_epsilon=(low, high))[0],
+        lambda x, clip, args, how_much="brief": run(x, BandClipPPOLoss, how_much, clip=clip, clip_args=args),
+        lambda x, low, high: run(x, ClipPPOLoss, "", clip_epsilon=(low, high))[0],
         padded=False,
+        clipped="clip_fraction",
     )
 
 
@@ -95,15 +137,17 @@ def torchrl_grpo() -> Case:
         def get_dist(self, td: Any, **_: Any) -> Any:
             return LLMMaskedCategorical(logits=td["logits"], mask=td["mask"])
 
-    def run(x: Tokens, kind: Any, **options: Any) -> tuple[Tensor, dict[str, Any]]:
+    def run(x: Tokens, kind: Any, how_much: str, **options: Any) -> tuple[Tensor, dict[str, Any]]:
         loss = kind(Actor(), entropy_bonus=False, masking_strategy="generic", device="cpu", **options)
         data = {"logits": x.logits, "mask": x.mask.bool(), ("tokens", "full"): x.actions, ("log_probs", "full"): x.old}
         out = loss(TensorDict(data | {"advantage": x.advantages[..., None]}, x.old.shape[:1]))
-        return out.loss_objective, loss.clip_metrics() if kind is BandGRPOLoss else {}
+        metrics = {"clip_fraction": out.clip_fraction}
+        return out.loss_objective, metrics | (loss.clip_metrics(how_much=how_much) if how_much else {})
 
     return Case(
-        lambda x, clip, args: run(x, BandGRPOLoss, clip=clip, clip_args=args),
-        lambda x, low, high: run(x, GRPOLoss, clip_epsilon=(low, high))[0],
+        lambda x, clip, args, how_much="brief": run(x, BandGRPOLoss, how_much, clip=clip, clip_args=args),
+        lambda x, low, high: run(x, GRPOLoss, "", clip_epsilon=(low, high))[0],
+        clipped="clip_fraction",
     )
 
 
@@ -125,13 +169,11 @@ def rllib() -> Case:
         def log_dict(self, values: dict[str, Any], **_: Any) -> None:
             self.update(values)
 
-    def run(x: Tokens, kind: Any, clip_param: Any, clip: Any = None, args: Any = None) -> tuple[Tensor, dict[str, Any]]:
+    def run(x: Tokens, kind: Any, clip_param: Any, **options: Any) -> tuple[Tensor, dict[str, Any]]:
         config = PPOConfig().training(clip_param=clip_param, use_kl_loss=False, use_critic=False, entropy_coeff=0.0)
         learner = object.__new__(kind)
-        if clip is not None:
-            from bandpo.engines._margins import make_clip
-
-            learner.clip = make_clip(clip, args)
+        if options:
+            learner._take_options(config.learners(learner_config_dict=options))
         learner._module, learner.metrics = {"default": Module()}, Metrics()
         scheduler = types.SimpleNamespace(get_current_value=lambda: 0.0)
         learner.entropy_coeff_schedulers_per_module = {"default": scheduler}
@@ -157,7 +199,9 @@ def rllib() -> Case:
             return one + self.high
 
     return Case(
-        lambda x, clip, args: run(x, BandPPOTorchLearner, 0.3, clip, args),
+        lambda x, clip, args, how_much="brief": run(
+            x, BandPPOTorchLearner, 0.3, clip=clip, clip_args=args, clip_metrics=how_much
+        ),
         lambda x, low, high: run(x, PPOTorchLearner, low if low == high else Both(low, high))[0],
         margins=(0.2, 0.2),
     )
@@ -172,12 +216,15 @@ def skyrl() -> Case:
 
     def run(x: Tokens, config: Any) -> tuple[Tensor, dict[str, Any]]:
         loss = PolicyLossRegistry.get(config.policy_loss_type)
-        return loss(x.new(), x.old, x.advantages, config=config, loss_mask=x.mask, rollout_logprobs=None)
+        return loss(x.new(), x.old, x.advantages, config=config, loss_mask=x.mask, rollout_logprobs=x.old - 0.1)
 
     return Case(
-        lambda x, clip, args: run(x, BandAlgorithmConfig(clip=clip, clip_args=args)),
+        lambda x, clip, args, how_much="brief": run(
+            x, BandAlgorithmConfig(clip=clip, clip_args=args, clip_metrics=how_much)
+        ),
         lambda x, low, high: run(x, AlgorithmConfig(eps_clip_low=low, eps_clip_high=high))[0],
         takes_logps=True,
+        clipped="clip_ratio",
     )
 
 
@@ -195,14 +242,16 @@ def prime_rl() -> Case:
 
     from bandpo.engines.prime_rl import band_loss
 
-    def ours(x: Tokens, clip: Any, args: Any) -> tuple[Tensor, dict[str, Any]]:
+    def ours(x: Tokens, clip: Any, args: Any, how_much: str = "brief") -> tuple[Tensor, dict[str, Any]]:
         outs = [
-            band_loss(LossInputs(new, old, None, adv, mask.bool(), None), clip=clip, clip_args=args)
+            band_loss(
+                LossInputs(new, old, None, adv, mask.bool(), None), clip=clip, clip_args=args, clip_metrics=how_much
+            )
             for new, old, adv, mask in x.rows()
         ]
         return sum(o.loss for o in outs), outs[0].metrics  # type: ignore[return-value]
 
-    return Case(ours, written_sum, takes_logps=True)
+    return Case(ours, written_sum, takes_logps=True, whole=True, rows=True)
 
 
 def _record_prime_rl() -> None:
@@ -232,19 +281,19 @@ def tinker() -> Case:
 
     from bandpo.engines.tinker import band_loss
 
-    def ours(x: Tokens, clip: Any, args: Any) -> tuple[Tensor, dict[str, Any]]:
+    def ours(x: Tokens, clip: Any, args: Any, how_much: str = "brief") -> tuple[Tensor, dict[str, Any]]:
         data = [_datum(sdk, *row) for row in x.rows()]
         outputs = [
             {"logprobs": sdk.TensorData(data=new.tolist(), dtype="float32", shape=[len(new)])} for new in x.new()
         ]
         forward = ForwardBackwardOutput(loss_fn_output_type="x", loss_fn_outputs=outputs, metrics={})
-        sent = sdk.TrainingClient._compute_custom_loss(data, band_loss(clip, args), forward)
+        sent = sdk.TrainingClient._compute_custom_loss(data, band_loss(clip, args, None, how_much), forward)
         # the service computes sum(-logprobs * weights) with the weights that the client sends
         weights = torch.stack([d.loss_fn_inputs["weights"].to_torch() for d in sent.data])
         linear = -(x.new() * weights.detach()).sum()
         return linear - linear.detach() + sent.loss_sum, sent.metrics
 
-    return Case(ours, written_sum)
+    return Case(ours, written_sum, whole=True)
 
 
 def _datum(sdk: Any, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Any:
@@ -266,33 +315,31 @@ def slime() -> Case:
     def own(x: Tokens, low: float, high: float) -> Tensor:
         return call_slime(x, host.policy_loss_function, eps_clip=low, eps_clip_high=high)[0]
 
-    return Case(lambda x, clip, args: call_slime(x, band_loss, clip=clip, clip_args=args), own, padded=False)
+    def ours(x: Tokens, clip: Any, args: Any, how_much: str = "brief") -> tuple[Tensor, dict[str, Any]]:
+        loss, metrics = call_slime(x, band_loss, clip=clip, clip_args=args, clip_metrics=how_much)
+        return loss, {name: value / x.mask.sum() for name, value in metrics.items()}  # as slime does when it logs
+
+    return Case(ours, own, inert=False, clipped="pg_clipfrac")
 
 
-def call_slime(x: Tokens, function: Any, **options: Any) -> tuple[Tensor, dict[str, Any]]:
-    defaults = {"advantage_estimator": "grpo", "use_rollout_logprobs": False, "eps_clip": 0.2, "eps_clip_high": 0.2}
-    keep = x.mask.bool()  # slime's lists hold the tokens of the responses only
-    batch = {"log_probs": [r[m] for r, m in zip(x.old, keep, strict=True)]}
-    batch |= {"advantages": [r[m] for r, m in zip(x.advantages, keep, strict=True)]}
-    return function(types.SimpleNamespace(**(defaults | options)), batch, x.new()[keep], torch.sum)
+def slime_args(**options: Any) -> types.SimpleNamespace:
+    defaults = {"advantage_estimator": "grpo", "eps_clip": 0.2, "eps_clip_high": 0.2, "eps_clip_c": None}
+    return types.SimpleNamespace(**(defaults | {"use_rollout_logprobs": False, "use_tis": False} | options))
+
+
+def call_slime(x: Tokens, function: Any, batch: dict[str, Any] | None = None, **options: Any) -> Any:
+    """slime's lists hold the tokens of each answer, of which the loss mask may leave some out."""
+    rows = {"log_probs": x.old, "rollout_log_probs": x.old - 0.1, "advantages": x.advantages, "loss_masks": x.mask}
+    given = {name: list(row) for name, row in rows.items()} | (batch or {})
+    return function(slime_args(**options), given, x.new().flatten(), lambda each: (each * x.mask.flatten()).sum())
 
 
 def _record_slime() -> None:
-    """slime's policy loss by its inputs and outputs: it has no package, and the whole of it needs Megatron."""
+    import slime_loss
 
-    def policy_loss_function(args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Any) -> Any:
-        old_log_probs, log_probs = torch.cat(batch["log_probs"]), logits
-        ppo_kl = old_log_probs - log_probs
-        advantages = torch.cat(batch["advantages"])
-        pg_loss, clipped = compute_policy_loss(ppo_kl, advantages, args.eps_clip, args.eps_clip_high)
-        return sum_of_sample_mean(pg_loss), {"pg_clipfrac": sum_of_sample_mean(clipped).detach()}
-
-    def compute_policy_loss(ppo_kl: Tensor, advantages: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor]:
-        ratio = (-ppo_kl).exp()
-        clipped = -ratio.clamp(1 - low, 1 + high) * advantages
-        return torch.maximum(-ratio * advantages, clipped), torch.gt(clipped, -ratio * advantages).float()
-
-    _module("slime.backends.megatron_utils.loss", policy_loss_function=policy_loss_function)
+    _module("slime.backends.megatron_utils")
+    sys.modules["slime.backends.megatron_utils.loss"] = slime_loss
+    sys.modules["slime.backends.megatron_utils"].loss = slime_loss  # type: ignore[attr-defined]
 
 
 def _module(name: str, **content: Any) -> None:

@@ -14,7 +14,7 @@ import cases
 import pytest
 import torch
 import yaml
-from test_contract import tokens
+from cases import tokens
 
 import bandpo
 
@@ -99,3 +99,8 @@ def test_block_runs(
         assert len(asked) == 2 * 4 * 10 * 8  # sides, rollouts, epochs, minibatches: SB3 clamps with the band each time
     if engine == "ray":
         assert names["result"]["training_iteration"] == 1
+    if engine == "torch":  # a loop of one's own
+        t = bandpo.Tokens(names["logps"], names["old_logps"], names["advantages"])
+        c = bandpo.get_clip("sapo" if "sapo" in text else "band").coefficient(t)
+        torch.testing.assert_close(torch.autograd.grad(names["loss"], names["logps"])[0], -c / c.numel())
+        assert not torch.equal(c, t.weighted)

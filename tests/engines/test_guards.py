@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Tokens, call_slime
-from test_contract import tokens
+from cases import CASES, Tokens, call_slime, tokens
 
 import bandpo
-from bandpo.engines import _margins
+from bandpo.engines import _adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines, at import
 
@@ -67,6 +66,10 @@ def test_a_datum_without_an_input_is_named() -> None:
     datum = types.SimpleNamespace(loss_fn_inputs={"target_tokens": 0, "advantages": 0})
     with pytest.raises(ValueError, match=r"data\[0\].loss_fn_inputs: must have 'logprobs'"):
         band_loss()([datum], [torch.zeros(2)])
+    longer = types.SimpleNamespace(to_torch=lambda: torch.zeros(3))
+    datum = types.SimpleNamespace(loss_fn_inputs={"logprobs": longer})
+    with pytest.raises(ValueError, match=r"data\[0\].loss_fn_inputs\['logprobs'\] has shape \(3,\): must be \(2,\)"):
+        band_loss()([datum], [torch.zeros(2)])
 
 
 def test_prime_rls_weights_and_kl_term() -> None:
@@ -87,7 +90,12 @@ def test_prime_rls_weights_and_kl_term() -> None:
 
 
 SLIME = [
-    ({"advantage_estimator": "gspo"}, "advantage_estimator='gspo': must be one that clips a token's ratio"),
+    (
+        {"advantage_estimator": "gspo"},
+        "advantage_estimator='gspo': must be one that clips a token's ratio; choose grpo",
+    ),
+    ({"advantage_estimator": "gspo"}, "or ppo with clip='gspo', or slime's own loss"),
+    ({"clip_metrics": "all"}, "clip_metrics='all': must be one of brief, full, none"),
     ({"clip_arg": {"delta": 0.1}}, "'clip_arg' is unknown"),
     ({"delta": 2.0}, "'delta' is an argument of the clip; write clip_args={'delta': ...}"),
     ({"dual_clip": 3.0}, "'dual_clip' is unknown"),
@@ -156,10 +164,10 @@ def test_skyrl_options_that_go_round_the_clip_are_refused() -> None:
             band_loss(x.new(), x.old, x.advantages, config, x.mask)
 
 
-@pytest.mark.parametrize("clip", [bandpo.Band(cap=None), bandpo.Fixed(1.0, 3.0), bandpo.NoClip()])
+@pytest.mark.parametrize("clip", [bandpo.Band(), bandpo.Band(cap=10.0), bandpo.Fixed(1.0, 3.0), bandpo.NoClip()])
 def test_margins_are_finite_whatever_comes(clip: bandpo.Region) -> None:
     old = torch.tensor([0.0, -1e-7, -1.0, -80.0, -1e4, -torch.inf, torch.nan, 0.5])
-    eps_low, eps_high = _margins.margins(clip, old.requires_grad_())
+    eps_low, eps_high = _adapter.margins(clip, old.requires_grad_())
     for eps in (eps_low, eps_high):
         assert eps.dtype == torch.float32 and not eps.requires_grad and torch.isfinite(eps).all() and (eps >= 0).all()
     assert (eps_low <= 1).all()
@@ -176,7 +184,7 @@ def test_band_with_total_variation_is_skyrls_dppo() -> None:
 
     x = tokens(3)
     dppo = AlgorithmConfig(policy_loss_type="dppo", dppo=DPPOConfig("binary_tv", 0.05, 0.05))
-    band = BandAlgorithmConfig(clip_args={"divergence": "tv", "delta": 0.05, "cap": None})
+    band = BandAlgorithmConfig(clip_args={"divergence": "tv", "delta": 0.05})
     losses = [
         PolicyLossRegistry.get(c.policy_loss_type)(x.new(), x.old, x.advantages, config=c, loss_mask=x.mask)
         for c in (dppo, band)

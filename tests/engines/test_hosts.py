@@ -20,10 +20,12 @@ REMOVED = [  # adapter, where in it, what its seam needs there
     ("trl", "GRPOTrainer", "_compute_loss"),
     ("torchrl", "GRPOLoss", "_compute_policy_objective"),
     ("torchrl", "ClipPPOLoss", "forward"),
+    ("torchrl", "LossModule", "_reduce_loss"),
     ("rllib", "PPOTorchLearner", "compute_loss_for_module"),
     ("tinker", "tinker.TrainingClient", "forward_backward_custom"),
     ("skyrl", "ppo_utils", "ppo_policy_loss"),
     ("slime", "host", "policy_loss_function"),
+    ("slime", "host", "compute_policy_loss"),
 ]
 
 

@@ -17,12 +17,12 @@ import pytest
 from verl.utils.config import omega_conf_to_dataclass
 from verl_support import PATIENCE
 
-from bandpo import Band
-from bandpo.diagnostics import BUCKETS
-from bandpo.engines.verl import BandLossConfig
+from bandpo import Band, Fixed, Sides, get_clip
+from bandpo.engines.verl import BandLossConfig, clip_of
+from bandpo.loss.stats import BUCKETS
 from bandpo.train.recipe import RecipeFile, read_recipe, read_yaml
 from bandpo.verl.failure import known_keys
-from bandpo.verl.recipe import OWNED, check_recipe
+from bandpo.verl.recipe import ACTOR, OWNED, REPLACED, check_recipe
 from bandpo.verl.run import check_engine, check_keys, make_place
 from bandpo.verl.translate import LOSSES, literal, overrides
 
@@ -65,7 +65,28 @@ def test_verl_takes_every_word_and_checks_them(tmp_path: Path) -> None:
     assert actor.use_kl_loss and actor.ppo_epochs == 2
 
     loss = omega_conf_to_dataclass(actor.policy_loss)
-    assert type(loss) is BandLossConfig and loss.region.delta == 0.05
+    assert type(loss) is BandLossConfig and loss.made.delta == 0.05 and loss.clip_metrics == "full"
+
+
+def test_recipes_of_other_clips_reach_the_loss(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Half:\n    def coefficient(self, tokens):\n        return tokens.weighted / 2\n"
+    )
+    high, low = {"clip": "band", "delta": 0.1}, {"clip": "fixed", "eps_low": 0.3}
+    for keys, want in (
+        ({"clip": "sides", "clip_args": {"high": high, "low": low}}, Sides(Band(delta=0.1), Fixed(0.3))),
+        ({"clip": "sapo", "clip_args": {"tau_neg": 2.0}, "clip_metrics": "none"}, get_clip("sapo", tau_neg=2.0)),
+        ({"clip": f"{tmp_path}/mine.py:Half", "clip_args": {}}, None),
+        ({"clip": "host", "clip_args": {}, "verl": {f"{ACTOR}.clip_ratio_high": 0.28}}, None),
+    ):
+        recipe = check_recipe(RecipeFile("mine", read_recipe("verl-demo").keys | keys))
+        actor = omega_conf_to_dataclass(
+            composed(overrides(recipe, make_place(recipe, tmp_path, plain=True, make=False))).actor_rollout_ref.actor
+        )
+        loss = actor.policy_loss
+        assert loss.clip == keys["clip"] and (want is None or loss.made == want)
+        assert loss.clip_metrics == keys.get("clip_metrics", "full") and loss.keeps_host == (keys["clip"] == "host")
+    assert clip_of(actor) == get_clip("dual_clip", eps_high=0.28, cap=3.0) and loss.made is None
 
 
 def test_a_recipe_without_loss_type_and_clip_gets_the_defaults_of_both(tmp_path: Path) -> None:
@@ -74,7 +95,7 @@ def test_a_recipe_without_loss_type_and_clip_gets_the_defaults_of_both(tmp_path:
     recipe = check_recipe(RecipeFile("bare", keys))
     config = composed(overrides(recipe, make_place(recipe, tmp_path, plain=True, make=False)))
     assert config.actor_rollout_ref.actor.loss_agg_mode == LOSSES["dapo"]
-    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).region == Band()
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).made == Band()
 
 
 def test_verl_takes_the_example_with_a_critic(tmp_path: Path) -> None:
@@ -83,7 +104,7 @@ def test_verl_takes_the_example_with_a_critic(tmp_path: Path) -> None:
     config = composed(overrides(recipe, make_place(recipe, tmp_path, plain=True, make=False)))
     assert config.algorithm.adv_estimator == "gae" and config.critic.strategy == config.critic.fsdp.strategy == "fsdp2"
     assert config.critic.model.path == config.actor_rollout_ref.model.path
-    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).region == Band("kl", 0.05)
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).made == Band("kl", 0.05)
     omega_conf_to_dataclass(config.critic)
 
 
@@ -92,7 +113,7 @@ def test_the_pages_three_words_put_the_clip_in() -> None:
     words = shlex.split(block)
     assert len(words) == 3
     loss = omega_conf_to_dataclass(composed(words).actor_rollout_ref.actor.policy_loss)
-    assert type(loss) is BandLossConfig and loss.region == Band("kl", 0.05, cap=10.0)
+    assert type(loss) is BandLossConfig and loss.made == Band("kl", 0.05, cap=10.0)
 
 
 def test_the_pages_settings_are_keys_that_verl_has(tmp_path: Path) -> None:
@@ -107,9 +128,9 @@ def test_the_pages_settings_are_keys_that_verl_has(tmp_path: Path) -> None:
 
 def test_the_keys_that_are_the_recipes_own_exist() -> None:
     known = known_keys()
-    added = {"clip", "clip_args"}  # by bandpo's configuration of the loss
+    added = {"clip", "clip_args", "clip_metrics"}  # by bandpo's configuration of the loss
     assert len(known) > 500 and set(known) < set(known_keys(every_engine=True))
-    assert [key for key in OWNED if key not in known and key.split(".")[-1] not in added] == []
+    assert [key for key in OWNED | REPLACED if key not in known and key.split(".")[-1] not in added] == []
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

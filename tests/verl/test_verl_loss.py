@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.errors import InstantiationException
+from loss_support import AGGREGATIONS, OFF, actor, make_batch, run, share, through_hydra
 from omegaconf import OmegaConf
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,51 +20,16 @@ from verl.trainer.ppo import core_algos
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.metric import Metric, reduce_metrics
-from verl.workers.config import FSDPActorConfig
 from verl.workers.config.actor import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
+import bandpo
 import bandpo.engines.verl as engine
 from bandpo import Band, Fixed, InputError, Sides, doctor
-from bandpo.engines.verl import LOSS_MODE, TARGET, BandLossConfig, check_seam
+from bandpo.engines._adapter import shares
+from bandpo.engines.verl import LOSS_MODE, METRICS, TARGET, BandLossConfig, check_seam
 
 Tensor = torch.Tensor
-AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-OFF = 1e9  # verl's dual clip, out of reach
-
-
-def make_batch(rows: int = 64, width: int = 32, seed: int = 0) -> dict[str, Tensor]:
-    """Log-probabilities of sampled tokens under two softmax policies, float64."""
-    torch.manual_seed(seed)
-    logits = 2 * torch.randn(rows, width, 12, dtype=torch.float64)
-    old, new = (x.log_softmax(-1) for x in (logits, logits + 0.8 * torch.randn_like(logits)))
-    token = torch.distributions.Categorical(logits=old).sample()[..., None]
-    advantages = torch.randn(rows, 1, dtype=torch.float64).expand(rows, width).clone()
-    mask = torch.rand(rows, width) > 0.2
-    names = ("old_log_prob", "log_prob", "advantages", "response_mask")
-    return dict(
-        zip(names, (old.gather(-1, token)[..., 0], new.gather(-1, token)[..., 0], advantages, mask), strict=True)
-    )
-
-
-def actor(policy_loss: PolicyLossConfig | None = None, **settings: Any) -> FSDPActorConfig:
-    """verl's actor configuration as its workers have it, with what they learn about the whole batch."""
-    config = FSDPActorConfig(
-        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy_loss or PolicyLossConfig(),
-        **settings,
-    )  # fmt: skip
-    config.global_batch_info.update(dp_size=2, batch_num_tokens=1000, global_batch_size=100, loss_scale_factor=None)
-    return config
-
-
-def run(mode: str, config: Any, batch: dict[str, Tensor], **more: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Loss, gradient and metrics of a registered loss, called as verl calls it."""
-    logps = batch["log_prob"].clone().requires_grad_()
-    arguments: dict[str, Any] = {"loss_agg_mode": "token-mean", "rollout_is_weights": None} | more
-    loss, metrics = core_algos.get_policy_loss_fn(mode)(**(batch | {"log_prob": logps}), config=config, **arguments)
-    loss.backward()
-    assert logps.grad is not None
-    return loss.detach(), logps.grad, metrics
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -72,16 +39,15 @@ def test_gradient_is_that_of_verls_dppo(divergence, aggregation, weighted):
     """DPPO masks what Band clips; verl has it as a loss of its own. The values differ, the gradients may not."""
     batch, delta = make_batch(), {"tv": 0.07, "kl": 0.05}[divergence]
     more = {"loss_agg_mode": aggregation, "rollout_is_weights": torch.rand(64, 32).double() + 0.5 if weighted else None}
-    clip = BandLossConfig(clip_args={"divergence": divergence, "delta": delta, "cap": None})
+    clip = BandLossConfig(clip_args={"divergence": divergence, "delta": delta})
     _, got, metrics = run(LOSS_MODE, actor(clip), batch, **more)
     dppo = actor(clip_ratio=delta, clip_ratio_low=delta, clip_ratio_high=delta, clip_ratio_c=OFF)
     _, want, theirs = run(f"dppo_{divergence}", dppo, batch, **more)
     assert (got - want).abs().max() < 1e-12 * want.abs().max()
     # DPPO also counts tokens whose advantage is 0; there are none here.
     assert metrics["actor/pg_clipfrac"] == theirs["actor/pg_clipfrac"] > 0.1
-    lost = metrics["actor/band/zero_grad_above_sum"] + metrics["actor/band/zero_grad_below_sum"]
-    assert lost / metrics["actor/band/tokens_sum"] == pytest.approx(theirs["actor/pg_clipfrac"], rel=1e-6)
-    assert metrics["actor/band/tokens_sum"] == batch["response_mask"].sum()
+    assert share(metrics) == pytest.approx(theirs["actor/pg_clipfrac"], rel=1e-6)
+    assert metrics["actor/clip/tokens_sum"] == batch["response_mask"].sum()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -97,9 +63,8 @@ def test_fixed_clip_is_verls_own(aggregation, weighted):
     torch.testing.assert_close(grad, want_grad, rtol=1e-12, atol=1e-16)
     assert {key: metrics[key] for key in want} == pytest.approx(want, rel=1e-12)
     assert want["actor/pg_clipfrac_lower"] > 0
-    lost = metrics["actor/band/zero_grad_above_sum"] + metrics["actor/band/zero_grad_below_sum"]
     both = want["actor/pg_clipfrac"] + want["actor/pg_clipfrac_lower"]  # verl counts the dual clip apart
-    assert lost / metrics["actor/band/tokens_sum"] == pytest.approx(both, rel=1e-6)
+    assert share(metrics) == pytest.approx(both, rel=1e-6)
 
 
 def test_entropy_kl_and_weights_are_added_as_verl_does():
@@ -146,7 +111,7 @@ def test_verls_dual_clip_does_not_cut_into_the_band():
     for dual_clip, kept in ((None, True), (3, False)):
         _, grad, metrics = run(LOSS_MODE, actor(BandLossConfig(dual_clip=dual_clip)), batch)
         assert bool(grad.abs().sum() > 0) is kept
-        assert metrics["actor/band/zero_grad_above_sum"] == (0 if kept else 1)
+        assert metrics["actor/clip/zero_grad_above_sum"] == (0 if kept else 1)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -166,16 +131,17 @@ def test_low_precision_and_impossible_tokens_stay_finite(dtype):
     old = torch.tensor([[-1e-9, 0.0, -80.0, -3e4, -0.5, -5.0]], dtype=dtype)
     batch = {"old_log_prob": old, "log_prob": old - 0.5, "response_mask": torch.ones(1, 6)}
     for sign in (1.0, -1.0):
-        for args in ({}, {"cap": None}, {"divergence": "tv"}):
+        for clip in ("band", "sapo", "dppo_kl", "gspo"):
             loss, grad, metrics = run(
-                LOSS_MODE, actor(BandLossConfig(clip_args=args)), batch | {"advantages": torch.full((1, 6), sign)}
+                LOSS_MODE, actor(BandLossConfig(clip=clip)), batch | {"advantages": torch.full((1, 6), sign)}
             )
-            assert loss.isfinite() and grad.isfinite().all() and metrics["actor/band/tokens_sum"] == 6
+            assert loss.isfinite() and grad.isfinite().all() and metrics["actor/clip/tokens_sum"] == 6
 
 
 def test_shares_are_right_over_unequal_micro_batches_ranks_and_updates():
     """Two updates of three micro-batches on two ranks, joined by verl's own code."""
-    clip, parts, logged = BandLossConfig(clip_args={"divergence": "tv", "delta": 0.05}), [], {}
+    args = {"divergence": "tv", "delta": 0.05}
+    clip, parts, logged = BandLossConfig(clip_args=args, clip_metrics="full"), [], {}
     for _ in range(2):
         ranks: list[dict[str, Metric]] = []
         for rank in range(2):
@@ -191,26 +157,36 @@ def test_shares_are_right_over_unequal_micro_batches_ranks_and_updates():
     logged = reduce_metrics(logged)
     old, new, adv, mask = (torch.cat([b[key].flatten() for b in parts]) for key in parts[0])
     p, q = old.exp(), new.exp()
+    found = shares({key.removeprefix(METRICS): value for key, value in logged.items()})
     for name, taken in (("above", (q - p > 0.05) & (adv > 0)), ("below", (p - q > 0.05) & (adv < 0))):
-        for place, inside in (("", p > 0), ("/p0.1-0.5", (p > 0.1) & (p <= 0.5))):
-            share = logged[f"actor/band/zero_grad_{name}_sum{place}"] / logged[f"actor/band/tokens_sum{place}"]
+        for place, inside in (
+            ("", p > 0),
+            ("/p0.1-0.5", (p > 0.1) & (p <= 0.5)),
+            ("/neg/p0.9-1", (adv < 0) & (p > 0.9)),
+        ):
             want = (taken & inside & mask).sum() / (inside & mask).sum()
-            assert share == pytest.approx(float(want), rel=1e-5) and want > 0.02
-
-
-def through_hydra(**fields: Any) -> Any:
-    """As each of verl's workers makes its configuration."""
-    return omega_conf_to_dataclass(OmegaConf.create({"_target_": TARGET, "loss_mode": LOSS_MODE, **fields}))
+            assert found[f"zero_grad_{name}{place}"] == pytest.approx(float(want), rel=1e-5)
+            assert want > 0.02 or (name, place) == ("above", "/neg/p0.9-1")
+    # and all the rest as of one large batch, but the maxima, which no average holds
+    stats = bandpo.clip_stats(new, old, adv, mask, clip=Band(**args)).metrics()
+    stats = {name: float(x) for name, x in stats.items() if "_max" not in name}
+    assert found == pytest.approx(stats, rel=1e-5, abs=1e-7)
 
 
 def test_configuration_from_verls_command_line():
     made = through_hydra(clip_args={"divergence": "tv", "delta": [0.02, 0.1]}, dual_clip=10, ppo_kl_coef=0.2)
-    assert made.region == Band("tv", [0.02, 0.1]) and made.get("dual_clip") == 10 and made["ppo_kl_coef"] == 0.2
-    assert through_hydra().region == Band()
+    assert made.made == Band("tv", [0.02, 0.1]) and made.get("dual_clip") == 10 and made["ppo_kl_coef"] == 0.2
+    assert through_hydra().made == Band()
     sides = {"high": {"_target_": "bandpo.Band", "delta": 0.1}, "low": {"_target_": "bandpo.Fixed"}}
     made = pickle.loads(pickle.dumps(through_hydra(clip="sides", clip_args=sides)))
-    assert made.region == Sides(high=Band(delta=0.1), low=Fixed())
-    assert omega_conf_to_dataclass(OmegaConf.create({"clip_args": {"delta": 0.1}}), BandLossConfig).region == Band(
+    assert made.made == Sides(high=Band(delta=0.1), low=Fixed())
+    nested = {"high": {"clip": "band", "delta": [0.05, 0.1]}, "low": {"clip": "fixed", "eps_low": 0.3}}
+    assert through_hydra(clip="sides", clip_args=nested).made == Sides(Band(delta=[0.05, 0.1]), Fixed(0.3))
+    assert BandLossConfig(clip="sides", clip_args=OmegaConf.create(nested)).made == Sides(
+        Band(delta=[0.05, 0.1]), Fixed(0.3)
+    )
+    assert through_hydra(clip={"_target_": "bandpo.Fixed", "eps_high": 0.3}).made == Fixed(eps_high=0.3)
+    assert omega_conf_to_dataclass(OmegaConf.create({"clip_args": {"delta": 0.1}}), BandLossConfig).made == Band(
         delta=0.1
     )
 
@@ -223,10 +199,21 @@ REFUSALS = [
     ({"clip": "bend"}, ["clip='bend'", "did you mean 'band'"]),
     ({"clip": 3}, ["clip=3", "must be a name"]),
     ({"clip_args": {"delt": 0.1}}, ["'delt'", "did you mean 'delta'"]),
-    ({"clip_args": {"delta": 0.0}}, ["delta=0", "greater than 0"]),
+    ({"clip_args": {"delta": 0.0}}, ["delta=0", "at least 1e-08"]),
     ({"clip_args": {"divergence": "kll"}}, ["kll", "did you mean 'kl'"]),
     ({"clip_args": "delta"}, ["clip_args='delta'", "dict"]),
+    ({"clip": "dgpo", "clip_args": {"region": {"clip": "bend"}}}, ["clip='bend'", "did you mean 'band'"]),
+    ({"clip": "sides", "clip_args": {"low": "sapo"}}, ["low=Sapo", "must be a region"]),
     ({"dual_clip": 1.0}, ["dual_clip=1.0", "greater than 1"]),
+    ({"clip_metrics": "breif"}, ["clip_metrics='breif'", "did you mean 'brief'"]),
+    ({"host_loss_mode": "sapo"}, ["host_loss_mode='sapo' with clip='band'", "clip='host'"]),
+    ({"clip": "host", "host_loss_mode": "spao"}, ["host_loss_mode='spao'", "did you mean 'sapo'"]),
+    ({"clip": "host", "host_loss_mode": "bandpo"}, ["host_loss_mode='bandpo'", "vanilla, "]),
+    (
+        {"clip": "host", "clip_args": {"delta": 0.1}},
+        ["clip_args={'delta': 0.1} with clip='host'", "verl's own settings"],
+    ),
+    ({"clip": "host", "dual_clip": 3.0}, ["dual_clip=3.0 with clip='host'", "clip_ratio_c"]),
 ]
 
 
@@ -247,6 +234,7 @@ def test_bad_configuration_is_one_line_there_and_through_hydra(fields, words):
         ({"clip_ratio_high": 0.28}, ["actor.clip_ratio_high=0.28", "left out", "clip=fixed"]),
         ({"clip_ratio": 0.1}, ["actor.clip_ratio=0.1"]),
         ({"clip_ratio_c": 10.0}, ["actor.clip_ratio_c=10.0", "policy_loss.dual_clip"]),
+        ({"tau_pos": 2.0}, ["actor.tau_pos=2.0", "clip=sapo", "clip=host"]),
     ],
 )
 def test_settings_without_effect_are_refused(config, words):
@@ -289,10 +277,16 @@ def moves(config: Any, mode: str, batch: dict[str, Tensor]) -> int:
     return values.count + whole.count
 
 
-@pytest.mark.parametrize("clip", [{}, {"clip_args": {"divergence": "js"}}, {"clip": "fixed"}, {"dual_clip": 10}])
-def test_one_move_to_the_host_more_than_verls_own_loss(clip):
+@pytest.mark.parametrize(
+    ("clip", "more"),
+    [
+        ({}, 1), ({"clip_args": {"divergence": "js"}}, 1), ({"clip": "fixed"}, 1), ({"dual_clip": 10}, 1),
+        ({"clip_metrics": "full"}, 1), ({"clip_metrics": "none"}, 0), ({"clip": "sapo"}, 1), ({"clip": "host"}, 1),
+    ],
+)  # fmt: skip
+def test_one_move_to_the_host_more_than_verls_own_loss(clip, more):
     batch = make_batch(4, 8)
-    assert 1 <= moves(actor(), "vanilla", batch) == moves(actor(BandLossConfig(**clip)), LOSS_MODE, batch) - 1
+    assert 1 <= moves(actor(), "vanilla", batch) == moves(actor(BandLossConfig(**clip)), LOSS_MODE, batch) - more
 
 
 def test_verl_finds_the_loss_by_its_entry_point():
@@ -313,10 +307,13 @@ def test_says_once_that_it_is_in_use(capsys):
         run(LOSS_MODE, config, make_batch(2, 3))
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "'bandpo' in use" in out and "delta=0.02" in out
+    run(LOSS_MODE, actor(BandLossConfig(clip="host", host_loss_mode="gspo")), make_batch(2, 3))
+    assert "verl's own 'gspo', measured as Gspo(eps_low=0.2, eps_high=0.2)" in capsys.readouterr().out
 
 
 def test_seam_fits_and_a_moved_one_is_named(monkeypatch):
     check_seam()
+    vanilla = core_algos.compute_policy_loss_vanilla
     found = next(e for e in doctor.examine()["engines"] if e["name"] == "verl")
     assert found["fits"] is True and found["note"] == ""
     assert not any(e["fits"] is False for e in doctor.examine()["engines"])  # Ray is here too, without RLlib
@@ -338,6 +335,16 @@ def test_seam_fits_and_a_moved_one_is_named(monkeypatch):
     monkeypatch.setattr(core_algos, "compute_policy_loss_vanilla", scalar, raising=False)
     with pytest.raises(InputError, match=r"does not clamp with bounds per token.*verl==0\.9\.1"):
         check_seam()
+
+    def blunt(advantages, **named):
+        return vanilla(advantages=advantages.sign(), **named)
+
+    blunt.__signature__ = inspect.signature(vanilla)
+    with monkeypatch.context() as patch:
+        patch.setattr(core_algos, "compute_policy_loss_vanilla", blunt, raising=False)
+        with pytest.raises(InputError, match=r"does not weigh the ratio by advantages.*verl==0\.9\.1"):
+            check_seam()
+    vanilla = core_algos.compute_policy_loss_vanilla
     found = next(e for e in doctor.examine()["engines"] if e["name"] == "verl")
     assert found["fits"] is False and "does not clamp" in found["note"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 
 
 def installed_version(package: str) -> str | None:

@@ -1,4 +1,8 @@
-"""TRL's GRPO trainer with per-token bounds: TRL's loss is kept, only the two numbers it clamps with are exchanged."""
+"""TRL's GRPO trainer under any clip: TRL's loss is kept, only what it clamps with or weighs by is exchanged.
+
+A hard gate goes as two bounds per token, where TRL has two numbers. Every other clip goes as advantages c / r per
+token, with TRL's own clip opened to [0, inf]; `loss_type` then only chooses how tokens are averaged.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,31 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bandpo import Band, ClipStats, clip_stats
-from bandpo._checks import InputError, nearest
+from bandpo._input import InputError
+from bandpo.engines import _adapter
 from bandpo.engines._hosts import HOSTS
-from bandpo.engines._margins import CLIP, as_floats, make_clip, refuse_replaced
+from bandpo.engines._trl_config import BandGRPOConfig as BandGRPOConfig
+from bandpo.engines._trl_config import check_options, make_clip
+from bandpo.engines._trl_config import clip_of as clip_of
 
 HOST = HOSTS["trl"]
 with HOST.imports():
     import transformers
     import trl
     from packaging.version import Version
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
-_RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-_LOSSES = (*_RATIO_LOSSES, "cispo")
-_SEAM = ("(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_high)", "(coef_1, max=self.epsilon_high)")
+_SEAM = (
+    "(coef_1, 1 - self.epsilon_low, 1 + self.epsilon_high)",
+    'advantages = inputs["advantages"]',
+    'old_per_token_logps = inputs.get("old_per_token_logps")',
+)
 _REMEDY = {
     "logps": "try a lower learning_rate, or float32 (bf16=False, fp16=False)",
     "loss": "try a lower learning_rate, fewer updates a rollout or delta=10 (caps the ratio); check the rewards",
@@ -49,63 +57,6 @@ def check_seam() -> None:
         if Version(version) < Version(least):
             raise InputError(f"{name}=={version}: must be at least {least}; pip install -U '{name}>={least}'")
     HOST.check_source(GRPOTrainer, "_compute_loss", _SEAM)
-
-
-@dataclass
-class BandGRPOConfig(GRPOConfig):
-    """TRL's GRPOConfig plus the clip.
-
-    Args:
-        clip: name of the clip, as `bandpo.get_clip` takes it: "band", "fixed", "clip-higher", "none".
-        clip_args: that clip's arguments, e.g. ``{"divergence": "kl", "delta": 0.05}``; a JSON string on a command line.
-
-    Raises:
-        InputError: the clip does not exist or does not take these arguments, or an option is set with which TRL would
-            not use the clip.
-    """
-
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "clip_args"]
-
-    clip: str = field(default=CLIP, metadata={"help": "Clip: 'band', 'fixed', 'clip-higher' or 'none'."})
-    clip_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the clip, a dict or JSON."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and infinite losses in the log. Training stops at them anyway."}
-    )
-
-    def __post_init__(self) -> None:
-        """Check the options; see the class."""
-        super().__post_init__()
-        _check_options(self)
-
-
-def _make_clip(args: BandGRPOConfig) -> Any:
-    if not isinstance(args.clip, str):
-        raise InputError(f"clip={args.clip!r}: must be a name; to use a clip object set trainer.clip")
-    return make_clip(args.clip, args.clip_args)  # type: ignore[arg-type]  # a string has been parsed by now
-
-
-def _check_options(args: BandGRPOConfig) -> None:
-    """Refuse every option with which TRL would silently not use the clip."""
-    if not isinstance(args, BandGRPOConfig):
-        raise InputError(f"args={type(args).__name__}: must be BandGRPOConfig, which takes all fields of GRPOConfig")
-    _make_clip(args)
-    if args.loss_type not in _LOSSES:
-        raise InputError(
-            f"loss_type={args.loss_type!r}: must be one of {', '.join(_LOSSES)}{nearest(args.loss_type, _LOSSES)}, "
-            "which clip a token's ratio; choose one, or use TRL's GRPOTrainer"
-        )
-    if args.importance_sampling_level != "token":
-        raise InputError(
-            f"importance_sampling_level={args.importance_sampling_level!r}: must be 'token', bounds are per token; "
-            "drop it, or use TRL's GRPOTrainer"
-        )
-    defaults = {f.name: f.default for f in fields(GRPOConfig) if f.name in ("epsilon", "epsilon_high")}
-    refuse_replaced(args, defaults, args.clip)
-    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
-        raise InputError(
-            f"use_liger_kernel=True: must be False with trl {trl.__version__}, whose Liger loss goes round the clip; "
-            "drop it, or pip install -U 'trl>=1.14'"
-        )
 
 
 def _warn_if_idle(args: BandGRPOConfig) -> None:
@@ -146,10 +97,11 @@ class _High(_Edge):
 
 
 class BandGRPOTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer whose clip has bounds per token.
+    """TRL's GRPOTrainer under any clip of the registry, or of your own.
 
-    TRL computes ``min(r A, clamp(r, 1 - epsilon_low, 1 + epsilon_high) A)``; here the two bounds come from
-    `args.clip`, made from the log-probabilities in the ratio's denominator. All else is TRL's.
+    TRL computes ``-min(r A, clamp(r, 1 - epsilon_low, 1 + epsilon_high) A)``. A region such as Band gives the two
+    bounds, made from the log-probabilities in the ratio's denominator; any other clip gives A, as c / r. All else is
+    TRL's.
 
     Args:
         model: as in TRL's GRPOTrainer.
@@ -159,7 +111,8 @@ class BandGRPOTrainer(GRPOTrainer):
         **named: TRL's further arguments by name.
 
     Attributes:
-        clip: the clip in use; another `bandpo.Region` may be put in its place before training.
+        clip: the clip in use, for `clip="host"` TRL's own; None where the registry has not that one. With a schedule
+            that of the present step.
         token_callback: None or ``f(logps, old_logps, advantages, mask)``, called with detached (batch, token) tensors
             at each training micro-batch whose rollout feeds more than one update.
 
@@ -195,50 +148,103 @@ class BandGRPOTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = BandGRPOConfig(f"{name.split('/')[-1]}-BandPO")
-        _check_options(args)
+        check_options(args)
         _warn_if_idle(args)
-        if args.clip != Band.name:  # the model card names what was really used
+        if not isinstance(args.clip, str) or args.clip != Band.name:  # the model card names what was really used
             self._name, self._paper, self._tag_names = GRPOTrainer._name, GRPOTrainer._paper, GRPOTrainer._tag_names
         super().__init__(model, reward_funcs, args, *rest, **named)
-        self.clip = _make_clip(args)
+        self._clip = make_clip(args)
+        self.clip = None if self._clip is None else self._clip.at(0.0)
         self.token_callback: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
         self._logps: Tensor | None = None
+        self._entropies: Tensor | None = None
         self._stats: ClipStats | None = None
+        self._shaped: dict[str, Any] | None = None  # the inputs of a loss whose advantages are still to be exchanged
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **named: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **named)
-        self._logps = result[0].detach()  # TRL keeps them to itself; the metrics and the guard need them
+        self._logps = result[0].detach()  # TRL keeps them to itself; the clip, the metrics and the guard need them
+        self._entropies = None if len(result) < 2 or result[1] is None else result[1].detach()
+        if self._shaped is not None:  # TRL reads advantages and old log-probabilities after these
+            self._exchange(self._shaped)
+            self._shaped = None
         return result
 
+    def _exchange(self, inputs: dict[str, Any]) -> None:
+        """Put c / r in the place of the advantages."""
+        assert self.clip is not None and self._logps is not None
+        shaped = _adapter.shape(
+            self.clip, self._logps, inputs["old_per_token_logps"], _per_token(inputs["advantages"], self._logps),
+            _token_mask(inputs), *self._optional(inputs),
+        )  # fmt: skip
+        inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
+        self._keep(shaped.stats)
+
+    def _optional(self, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Return rollout_logps and entropies, where the clip wants them."""
+        needs = () if self.clip is None else self.clip.needs
+        rollout = inputs.get("sampling_per_token_logps") if "rollout_logps" in needs else None
+        return rollout, self._entropies if "entropies" in needs else None
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        old = inputs.get("old_per_token_logps")
-        # Without old log-probabilities TRL's ratio is exactly 1, and no bound may touch it.
-        bounds = None if old is None else self.clip.bounds(old)
-        low, high = _Low(0.0 if bounds is None else bounds.low), _High(math.inf if bounds is None else bounds.high)
-        scalars = self.epsilon_low, self.epsilon_high
+        old, mine = inputs.get("old_per_token_logps"), dict(inputs)
+        if self._clip is not None:
+            self.clip = self._clip.at(min(self.state.global_step / max(self.state.max_steps, 1), 1.0))
+        scalars, uses = (self.epsilon_low, self.epsilon_high), []
         self._logps = None
+        # Without old log-probabilities TRL's ratio is exactly 1, where every clip's c is A.
+        if self.args.clip != _adapter.HOST:
+            shaped = old is not None and not _adapter.by_margins(self.clip)
+            bounds = None if old is None or shaped else self.clip.bounds(old)  # type: ignore[union-attr]
+            low, high = _Low(0.0 if bounds is None else bounds.low), _High(math.inf if bounds is None else bounds.high)
+            self.epsilon_low, self.epsilon_high, uses = low, high, [low, high]
+            self._shaped = mine if shaped else None
+        before = {name: len(values) for name, values in self._metrics[self._mode].items()}
         try:
-            # CISPO takes the ratio's cap itself, not a margin to add to 1.
-            self.epsilon_low, self.epsilon_high = low, high.bound if self.loss_type == "cispo" else high
-            loss = super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, mine)
         finally:
             self.epsilon_low, self.epsilon_high = scalars
-        if self._logps is None or (self.loss_type in _RATIO_LOSSES and not (low.uses and high.uses)):
+            missed, self._shaped = self._shaped is not None, None
+        if self._logps is None or missed or not all(edge.uses for edge in uses):
             raise HOST.error("its GRPO loss went round the clip")
+        if uses and not _adapter.by_margins(self.clip):
+            self._drop_clip_metrics(before)
         self._after_loss(loss.detach(), self._logps, old, inputs)
         return loss
 
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _drop_clip_metrics(self, before: dict[str, int]) -> None:
+        """Take TRL's own clip metrics of this loss away: with its clip opened they say nothing."""
+        metrics = self._metrics[self._mode]
+        for name in [name for name in metrics if name.startswith("clip_ratio/")]:
+            del metrics[name][before.get(name, 0) :]
+            if not metrics[name]:
+                del metrics[name]
+
     def _after_loss(self, loss: Tensor, logps: Tensor, old: Tensor | None, inputs: dict[str, Any]) -> None:
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        self._check_finite(loss, logps, mask.bool())
+        mask = _token_mask(inputs)
+        self._check_finite(loss, logps, mask)
         if not self.model.training:
             return
-        advantages = inputs["advantages"]
-        advantages = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).expand_as(logps)
-        stats = clip_stats(logps, logps if old is None else old, advantages, mask, clip=self.clip)
-        self._stats = stats if self._stats is None else self._stats + stats
+        advantages = _per_token(inputs["advantages"], logps).expand_as(logps)
+        hard = _adapter.by_margins(self.clip) or self.args.clip == _adapter.HOST or old is None
+        if hard and self.clip is not None and self.args.clip_metrics != "none":
+            rollout, entropies = self._optional(inputs)
+            self._keep(
+                clip_stats(
+                    logps, logps if old is None else old, advantages, mask, clip=self.clip, rollout_logps=rollout,
+                    entropies=entropies,
+                )
+            )  # fmt: skip
         if self.token_callback is not None and old is not None:
             self.token_callback(logps, old, advantages, mask)
+
+    def _keep(self, stats: ClipStats) -> None:
+        if self.model.training:
+            self._stats = stats if self._stats is None else self._stats + stats
 
     def _check_finite(self, loss: Tensor, logps: Tensor, mask: Tensor) -> None:
         if torch.isfinite(torch.where(mask, logps, 0).sum() + loss):  # one host sync for both
@@ -276,8 +282,17 @@ class BandGRPOTrainer(GRPOTrainer):
 
     def _take_metrics(self, stats: ClipStats) -> dict[str, float]:
         size = stats.sums.numel()
-        ranks = self.accelerator.gather(torch.cat([stats.sums.flatten(), stats.maxima])[None])
-        total = ClipStats(ranks[:, :size].sum(0).view_as(stats.sums), ranks[:, size:].amax(0))
-        values = as_floats(total.metrics("clip/"))
-        # CISPO caps a weight and takes no token's gradient.
-        return {k: v for k, v in values.items() if self.loss_type != "cispo" or "zero_grad" not in k}
+        every = torch.cat([stats.sums.flatten(), stats.maxima.flatten().to(stats.sums.dtype)])
+        ranks = self.accelerator.gather(every[None])
+        total = ClipStats(ranks[:, :size].sum(0).view_as(stats.sums), ranks[:, size:].amax(0).view_as(stats.maxima))
+        return _adapter.as_floats(_adapter.chosen_metrics(total, self.args.clip_metrics, "clip/"))
+
+
+def _per_token(advantages: Tensor, logps: Tensor) -> Tensor:
+    """Return advantages of shape (batch, 1) or (batch, token)."""
+    return advantages if advantages.dim() == logps.dim() else advantages.unsqueeze(1)
+
+
+def _token_mask(inputs: dict[str, Any]) -> Tensor:
+    mask: Tensor = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    return mask.bool()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 
 if TYPE_CHECKING:
     from bandpo.train.display import Display

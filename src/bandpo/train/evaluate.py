@@ -12,7 +12,7 @@ import torch
 from scipy.stats import beta
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from bandpo._checks import InputError, check_number
+from bandpo._input import InputError, check_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

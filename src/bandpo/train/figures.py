@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,9 +13,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from bandpo.clips import Region, get_clip
-from bandpo.diagnostics import BUCKETS
-from bandpo.plots import COLOURS, DASHED, INK, MUTED, RC, RULE
+from bandpo import Region, get_clip
+from bandpo.lab.page.svg import inline
+from bandpo.loss.stats import BUCKETS
+from bandpo.plots import COLOURS, DASHED, MUTED, RC
 from bandpo.train.history import Run, by_arm, number
 
 if TYPE_CHECKING:
@@ -24,39 +24,8 @@ if TYPE_CHECKING:
 
 # Dots are one embedded bitmap (20,000 of them as vectors would be megabytes), so their colours must do on both themes.
 DOTS = {"inside": "#8791a0", "inward": "#c99700", "up": "#0d9f88", "down": "#d8447f"}
-VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"}
-VARIABLES |= {colour: f"c{i}" for i, colour in enumerate(COLOURS)}
 SMOOTH_FROM = 20
 RIGHT = 2e-4  # how near to 1 the axis of p goes
-
-
-def inline(figure: Figure, label: str) -> str:
-    """Return a figure as an ``<svg>`` element whose colours are the page's CSS variables and whose text is text.
-
-    Args:
-        figure: a matplotlib figure.
-        label: what it shows, for screen readers; plain text without markup characters.
-
-    Returns:
-        The element, without XML header, metadata or anything that is fetched.
-    """
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' id="(?:figure|axes|patch|text|line2d|xtick|ytick|matplotlib[._]axis|legend)_\d+"', "", svg)
-    svg = re.sub(r"font: (?:bold )?([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = re.sub(
-        r"<svg [^>]*?viewBox=\"([^\"]+)\"[^>]*>",
-        rf'<svg viewBox="\1" role="img" aria-label="{label}" '
-        r'xmlns:xlink="http://www.w3.org/1999/xlink">',
-        svg,
-        count=1,
-    )
-    for colour, name in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg.strip()
 
 
 def by_rollout(run: Run, value: Callable[[dict], float]) -> tuple[np.ndarray, np.ndarray]:
@@ -215,14 +184,17 @@ def region(run: Run, left: float, reach: float) -> tuple[str, dict[str, int]] | 
         reach: greatest ratio shown, and the inverse of the least.
 
     Returns:
-        An ``<svg>`` element and the number of tokens by kind ("inside", "up", "down", "inward"); None without tokens.
+        An ``<svg>`` element and the number of tokens by kind ("inside", "up", "down", "inward"); None without tokens,
+        or for a clip that is no region.
 
     Raises:
         InputError: the run's clip is none of this version.
     """
     if run.tokens is None or len(run.tokens["old_logps"]) == 0:
         return None
-    clip = get_clip(run.info.get("clip", "band"), **run.info.get("clip_args", {}))
+    clip = get_clip(run.info.get("clip", "band"), **(run.info.get("clip_args") or {}))
+    if not isinstance(clip, Region) or not clip.as_bounds:
+        return None
     old, ratio, kinds = _kinds(run.tokens, clip)
     p = np.exp(old).clip(left, 1 - RIGHT)
     with rc_context(RC):

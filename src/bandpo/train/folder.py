@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.doctor import installed_version
 
 PACKAGES = ("bandpo", "torch", "trl", "transformers", "accelerate", "datasets", "peft", "verl", "ray")

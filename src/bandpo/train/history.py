@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zipfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.clips import get_clip
 
 TOKEN_ARRAYS = ("old_logps", "logps", "advantages")
@@ -156,7 +157,8 @@ def clip_label(info: dict[str, Any]) -> str:
         return "no clip"
     settings = dict(given) if isinstance(given, dict) else {}
     try:
-        settings = {**vars(get_clip(name, **settings)), **settings}
+        clip: Any = get_clip(name, **settings)
+        settings = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)} | settings
     except (InputError, TypeError):
         pass  # a clip of another version: what the run itself wrote down has to do
     words = [str(name), *(f"{settings.pop(k)}" for k in ("divergence", "delta") if k in settings)]

@@ -17,7 +17,7 @@ from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from bandpo._checks import InputError, nearest
+from bandpo._input import InputError, nearest
 from bandpo.train.noise import without_noise
 
 if TYPE_CHECKING:

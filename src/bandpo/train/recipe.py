@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_
 
 import yaml
 
-from bandpo._checks import InputError, nearest
+from bandpo._input import InputError, nearest
 
 if TYPE_CHECKING:
     from bandpo.engines.trl import BandGRPOConfig

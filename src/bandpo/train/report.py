@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.plots import need_matplotlib
 from bandpo.train.history import Run, by_arm, clip_label, number, read_runs
 
@@ -91,7 +91,7 @@ def render(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         sections.append(_arms(runs))
     sections += [_curves(runs), _clip(runs), _samples(runs), _repeat(runs)]
-    css = importlib.resources.files("bandpo.train").joinpath("report.css").read_text(encoding="utf-8")
+    css = importlib.resources.files("bandpo.lab.page").joinpath("page.css").read_text(encoding="utf-8")
     title = f"{_task(first)} with {first.name}: bandpo report"
     return PAGE.format(title=escape(title), css=css, body="\n".join(section for section in sections if section))
 

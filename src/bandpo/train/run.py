@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import ModelConfig, get_peft_config
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.engines.trl import BandGRPOConfig, BandGRPOTrainer, NonFiniteError
 from bandpo.train.callbacks import Recorder
 from bandpo.train.display import Display

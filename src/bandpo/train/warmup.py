@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from torch.nn.functional import cross_entropy
 
-from bandpo._checks import InputError, check_number
+from bandpo._input import InputError, check_number
 from bandpo.train.evaluate import evaluate
 from bandpo.train.models import Progress, character_tokenizer, tiny_model
 from bandpo.train.noise import without_noise

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bandpo.diagnostics import BUCKETS, FIELDS
+from bandpo.engines._adapter import shares
 from bandpo.train.display import Display
 from bandpo.train.folder import RunFolder
 from bandpo.verl.recipe import Schedule
@@ -23,7 +23,7 @@ NAMES = {
     "actor/lr": "learning_rate",
     "response_length/mean": "completions/mean_length",
 }
-BAND = "actor/band/"  # what bandpo.engines.verl adds to the loss's metrics
+CLIP = "actor/clip/"  # what bandpo.engines.verl adds to the loss's metrics
 KEPT_SAMPLES = 24
 
 
@@ -41,13 +41,22 @@ class Collector:
         log: file of verl's metrics, one JSON object a line.
         start: rollouts made before this process.
         samples: completions in an evaluation.
+        measured: whether the loss reports what the clip does, by which it is known to be bandpo's.
     """
 
     def __init__(
-        self, folder: RunFolder, plan: Schedule, display: Display, *, log: Path, start: int, samples: int
+        self,
+        folder: RunFolder,
+        plan: Schedule,
+        display: Display,
+        *,
+        log: Path,
+        start: int,
+        samples: int,
+        measured: bool = True,
     ) -> None:
         self.folder, self.plan, self.display, self.log = folder, plan, display, log
-        self.start, self.samples = start, samples
+        self.start, self.samples, self.measured = start, samples, measured
         self.rollout = start
         self.seconds = max((r.get("seconds", 0.0) for r in folder.metrics()), default=0.0)
         self._before = self.seconds
@@ -87,7 +96,7 @@ class Collector:
                 yield json.loads(line)
 
     def _step(self, rollout: int, data: dict[str, Any]) -> None:
-        if f"{BAND}tokens_sum" not in data:
+        if self.measured and f"{CLIP}tokens_sum" not in data:
             raise OtherLossError(
                 f"rollout {rollout}: verl's workers report no metrics of bandpo's loss, so another loss trains; do "
                 "they have bandpo installed, and does nothing set actor_rollout_ref.actor.policy_loss?"
@@ -145,9 +154,9 @@ class Collector:
 def step_record(data: dict[str, Any]) -> dict[str, float]:
     """Return verl's metrics of one rollout under the names of `bandpo train` where it has them.
 
-    The clip's shares are sums over tokens divided by each other. verl averages the sums over micro-batches, so every
-    token of the rollout counts once where all updates have equally many of them; ``use_dynamic_bsz`` does not promise
-    that, and the tokens of an update with fewer micro-batches then weigh more.
+    The clip's shares, ``clip/NAME``, are sums over tokens divided by each other. verl averages the sums over
+    micro-batches, so every token of the rollout counts once where all updates have equally many of them;
+    ``use_dynamic_bsz`` does not promise that, and the tokens of an update with fewer micro-batches then weigh more.
 
     Args:
         data: verl's metrics.
@@ -155,18 +164,11 @@ def step_record(data: dict[str, Any]) -> dict[str, float]:
     Returns:
         Finite numbers by name.
     """
-    found = {NAMES.get(key, key): value for key, value in data.items() if not key.startswith((BAND, "val-"))}
-    sums = {key.removeprefix(BAND): float(value) for key, value in data.items() if key.startswith(BAND)}
-    tokens = max(sums.get("tokens_sum", 0.0), 1e-12)
-    for name in FIELDS[1:]:
-        shown = "divergence_mean" if name == "divergence" else name
-        found[f"clip/{shown}"] = sums.get(f"{name}_sum", math.nan) / tokens
-    for bucket in BUCKETS:
-        inside = sums.get(f"tokens_sum/{bucket}", math.nan)
-        found[f"clip/share/{bucket}"] = inside / tokens
-        for name in ("zero_grad_above", "zero_grad_below"):
-            found[f"clip/{name}/{bucket}"] = sums.get(f"{name}_sum/{bucket}", math.nan) / max(inside, 1e-12)
-    found["clipped"] = found["clip/zero_grad"] = found["clip/zero_grad_above"] + found["clip/zero_grad_below"]
+    found = {NAMES.get(key, key): value for key, value in data.items() if not key.startswith((CLIP, "val-"))}
+    sums = {key.removeprefix(CLIP): float(value) for key, value in data.items() if key.startswith(CLIP)}
+    if sums:
+        found |= {f"clip/{name}": value for name, value in shares(sums).items()}
+        found["clipped"] = found["clip/zero_grad"]
     return {key: value for key, value in found.items() if isinstance(value, (int, float)) and math.isfinite(value)}
 
 

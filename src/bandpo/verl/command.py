@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 
 if TYPE_CHECKING:
     from bandpo.verl.recipe import VerlRecipe

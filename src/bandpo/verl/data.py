@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bandpo._checks import nearest
+from bandpo._input import InputError, nearest
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PROCESS = re.compile(r"^\((?P<who>[A-Za-z_]\w*)[^)]*\) ")  # Ray's prefix of a line that another process printed
@@ -80,7 +80,7 @@ def _names(config: dict[str, Any], before: str = "") -> list[str]:
 
 def _refused(lines: list[str], text: str) -> str | None:
     """What bandpo itself raised in a process of verl's; the others then lose that process."""
-    return _own_error([line for line in lines if line.startswith("bandpo._checks.InputError: ")], "")
+    return _own_error([line for line in lines if line.startswith(f"{InputError.__module__}.InputError: ")], "")
 
 
 def _hydra(lines: list[str], text: str) -> str | None:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bandpo._checks import InputError, check_number, nearest
-from bandpo.clips import get_clip
-from bandpo.engines._margins import CLIP
+from bandpo._input import InputError, check_number, nearest
+from bandpo.engines import _adapter
 from bandpo.train.recipe import DEFAULTS, RecipeFile, RecipeKeys, merge, read_yaml
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
@@ -46,7 +45,7 @@ OTHERS: dict[str, type] = {
     **{"gradient_accumulation_steps": int, "lr_scheduler_type": str, "warmup_steps": float, "top_k": int},
     **{"adam_beta1": float, "adam_beta2": float, "loss_type": str, "scale_rewards": str, "beta": float},
     **{"use_vllm": bool, "use_peft": bool, "lora_r": int, "lora_alpha": int, "lora_target_modules": list},
-    **{"report_to": str, "vllm_tensor_parallel_size": int},
+    **{"report_to": str, "vllm_tensor_parallel_size": int, "clip_metrics": str},
     **{"logging_steps": int, "disable_tqdm": bool, "dataloader_pin_memory": bool},
 }
 KINDS: dict[str, type] = {**{key: kind for key, (kind, _) in DIRECT.items()}, **OTHERS}
@@ -62,7 +61,7 @@ INSTEAD = {
     "generation_batch_size": "give steps_per_generation",
     "epsilon": "the clip sets the bounds; give clip: fixed and clip_args",
     "epsilon_high": "the clip sets the bounds; give clip: fixed and clip_args",
-    "delta": f"verl caps such ratios with a dual clip; set {LOSS}.dual_clip under 'verl:'",
+    "delta": f"for the clip's radius give clip_args.delta; verl caps ratios with a dual clip, {LOSS}.dual_clip",
     "use_liger_kernel": f"set {MODEL}.use_liger under 'verl:'",
     "fp16": f"set +{ACTOR}.fsdp_config.mixed_precision under 'verl:'",
 }
@@ -83,7 +82,10 @@ OWNED = {
     f"{ROLLOUT}.val_kwargs.n": "eval_samples",
     f"{MODEL}.path": "model",
     **{f"{LOSS}.{key}": "clip" for key in ("_target_", "loss_mode", "clip")},
-    f"{LOSS}.clip_args": "clip_args",
+    **{f"{LOSS}.{key}": key for key in ("clip_args", "clip_metrics")},
+}
+# Settings of verl's own clip, which another one replaces.
+REPLACED = {
     **{f"{ACTOR}.{key}": "clip" for key in ("clip_ratio", "clip_ratio_low", "clip_ratio_high")},
     f"{ACTOR}.clip_ratio_c": f"{LOSS}.dual_clip, added with a +,",
 }
@@ -157,7 +159,7 @@ def check_recipe(recipe: RecipeFile, words: Sequence[str] = ()) -> VerlRecipe:
     """
     given, nested, hydra = _command_line(words)
     values = {key: _typed(key, value, f"recipe {recipe.name}: {key}") for key, value in recipe.keys.items()}
-    values = {"clip": CLIP, **merge(values, given, nested)}
+    values = {"clip": _adapter.CLIP, **merge(values, given, nested)}
     for key in REQUIRED:
         if values.get(key) is None:
             raise InputError(f"recipe {recipe.name}: {key} is missing; TRL's default is not verl's, so give it")
@@ -165,9 +167,10 @@ def check_recipe(recipe: RecipeFile, words: Sequence[str] = ()) -> VerlRecipe:
     if hydra:  # kept with the recipe, which is then whole; a key given again counts once
         found = {bare(word): word for word in [*resolved.ours["overrides"], *hydra]}
         values["verl"] = {**(values.get("verl") or {}), "overrides": list(found.values())}
+    owned = OWNED if values["clip"] == _adapter.HOST else OWNED | REPLACED
     for key in map(bare, (*(key for key, _ in resolved.own), *resolved.ours["overrides"])):
-        if key in OWNED:
-            raise InputError(f"{key} cannot be set here: {OWNED[key]} sets it")
+        if key in owned:
+            raise InputError(f"{key} cannot be set here: {owned[key]} sets it")
     _check(resolved)
     return resolved
 
@@ -280,7 +283,7 @@ def _typed(key: str, value: Any, where: str) -> Any:
 def _check(recipe: VerlRecipe) -> None:
     """What can be said about a recipe without a task or a model."""
     get = recipe.get
-    get_clip(get("clip"), **(get("clip_args") or {}))
+    _check_clip(recipe)
     for key in ("num_generations", "per_device_train_batch_size", "max_completion_length", "eval_prompts"):
         check_number(key, get(key), 1)
     for key in ("steps_per_generation", "gradient_accumulation_steps", "num_iterations", "eval_samples"):
@@ -298,6 +301,16 @@ def _check(recipe: VerlRecipe) -> None:
     for key in ("disable_tqdm", "dataloader_pin_memory"):  # TRL's screen and loader; what bandpo train sets is harmless
         if get(key) not in (None, DEFAULTS.get(key, False)):
             raise InputError(f"{key}={get(key)!r}: has no counterpart in verl; leave it out")
+
+
+def _check_clip(recipe: VerlRecipe) -> None:
+    clip, given, how_much = (recipe.get(key) for key in ("clip", "clip_args", "clip_metrics"))
+    if how_much is not None:
+        _adapter.check_how_much(how_much)
+    if clip != _adapter.HOST:
+        _adapter.refuse_needs(_adapter.make_clip(clip, given), (), "verl")
+    elif given:
+        raise InputError(f"clip_args={given!r} with clip='host': must be left out, set verl's own keys under 'verl:'")
 
 
 def _ours(mapping: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.doctor import installed_version
+from bandpo.engines._adapter import HOST
 from bandpo.train.display import Display
 from bandpo.train.folder import RunFolder, commit, machine, versions, write_whole
 from bandpo.verl.collect import Collector, OtherLossError
@@ -80,7 +81,9 @@ def run(recipe: VerlRecipe, *, out: Path, resume: bool, command: str, display: D
         folder.create(_dump(recipe), **{"before": None, "after": None, **_facts(recipe, command), **_kept(info)})
         folder.rewind(start * plan.updates)
         samples = recipe.get("eval_prompts") * recipe.get("eval_samples")
-        collector = Collector(folder, plan, display, log=place.log, start=start, samples=samples)
+        # Without these metrics, or with verl's own loss, nothing in verl's log tells its losses apart.
+        measured = recipe.get("clip_metrics") != "none" and recipe.get("clip") != HOST
+        collector = Collector(folder, plan, display, log=place.log, start=start, samples=samples, measured=measured)
         with display, _status_kept(folder):
             _start_event(recipe, folder, display, start * plan.updates)
             _train(recipe, place, folder, collector, display)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bandpo._checks import InputError, nearest
+from bandpo._input import InputError, is_import_path, nearest
 from bandpo.engines._hosts import LOSS_MODE, TARGET
 from bandpo.verl.recipe import ACTOR, DIRECT, LOSS, MODEL, ROLLOUT, Schedule, VerlRecipe, bare, schedule
 
@@ -140,9 +140,11 @@ def literal(value: Any) -> str:
 
 def _loss(recipe: VerlRecipe) -> dict[str, Any]:
     mode, beta, scale = recipe.get("loss_type"), recipe.get("beta"), recipe.get("scale_rewards")
-    lines = {f"{LOSS}._target_": TARGET, f"{LOSS}.loss_mode": LOSS_MODE, f"+{LOSS}.clip": recipe.get("clip")}
+    lines = {f"{LOSS}._target_": TARGET, f"{LOSS}.loss_mode": LOSS_MODE, f"+{LOSS}.clip": _whole(recipe.get("clip"))}
     if recipe.get("clip_args"):
-        lines[f"+{LOSS}.clip_args"] = recipe.get("clip_args")
+        lines[f"+{LOSS}.clip_args"] = _whole(recipe.get("clip_args"))
+    if recipe.get("clip_metrics"):
+        lines[f"+{LOSS}.clip_metrics"] = recipe.get("clip_metrics")
     if mode is not None:  # the two have the same default
         lines[f"{ACTOR}.loss_agg_mode"] = _choice("loss_type", mode, LOSSES)
     if mode == "dr_grpo":
@@ -154,6 +156,15 @@ def _loss(recipe: VerlRecipe) -> dict[str, Any]:
         known = {"group": True, "True": True, "none": False, "False": False}
         lines["algorithm.norm_adv_by_std_in_grpo"] = _choice("scale_rewards", scale, known)
     return lines
+
+
+def _whole(value: Any) -> Any:
+    """The value with the files of its import paths made absolute: Ray's workers may run in other folders."""
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    if isinstance(value, str) and is_import_path(value) and ".py:" in value:
+        return str(Path(value).absolute())
+    return value
 
 
 def _optimiser(recipe: VerlRecipe, plan: Schedule) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from bandpo._checks import InputError, check_keywords, nearest
+from bandpo._input import InputError, check_keywords, nearest
 
 Completion = str | list[dict[str, str]]
 

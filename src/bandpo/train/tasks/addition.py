@@ -7,7 +7,7 @@ from random import Random
 
 from datasets import Dataset
 
-from bandpo._checks import InputError
+from bandpo._input import InputError
 from bandpo.train.tasks import Task, held_out
 
 EVAL_SEED = 0

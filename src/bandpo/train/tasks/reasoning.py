@@ -13,7 +13,7 @@ from datasets import Dataset
 from reasoning_gym.factory import DATASETS
 from reasoning_gym.utils import extract_answer
 
-from bandpo._checks import InputError, check_keywords, nearest
+from bandpo._input import InputError, check_keywords, nearest
 from bandpo.train.tasks import Task, held_out
 
 EVAL_SEED = 2**30  # far from any seed a recipe would use; the split itself is by hash, not by seed

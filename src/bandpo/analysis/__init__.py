@@ -1,0 +1,1 @@
+"""What a clip does, beyond the loss: whole distributions, matched radii."""

@@ -1,0 +1,172 @@
+"""What to make of an explanation: up to five sentences, each with its number and the page that says more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MOST = 5
+PAGE = "docs/explain.md#"
+Advice = tuple[str, float, str]  # text, number, section
+
+
+def advise(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the most pressing advice first.
+
+    Args:
+        found: the fields of an `Explanation`.
+
+    Returns:
+        A list of dicts: text, number, page.
+    """
+    rules: tuple[Callable[[dict[str, Any]], Iterator[Advice]], ...] = (_idle, _rollout, _taken, _rare, _entropy, _calm)
+    said: list[Advice] = []
+    for rule in rules:
+        if rule is not _calm or not said:
+            said += rule(found)
+    return [{"text": text, "number": number, "page": PAGE + section} for text, number, section in said[:MOST]]
+
+
+def _idle(found: dict[str, Any]) -> Iterator[Advice]:
+    idle, tokens = found["idle"], found["counts"]["tokens"]
+    if idle["why"] == "no_advantage":
+        yield (
+            f"The advantage of all {tokens:,} tokens is 0, so that none has a gradient under any clip: rewards are equal "
+            "within every group; make the problems harder or easier, or the groups larger.",
+            0.0,
+            "is-the-clip-idle",
+        )
+    elif idle["why"] == "one_update":
+        yield (
+            f"The ratio of all {tokens:,} tokens is exactly 1, so that no clip can act: each rollout feeds one update, "
+            "or old_logps were computed with the weights in training; set several updates a rollout (TRL: "
+            "steps_per_generation above gradient_accumulation_steps; verl: ppo_mini_batch_size below train_batch_size).",
+            1.0,
+            "is-the-clip-idle",
+        )
+    elif idle["why"] == "not_reached":
+        eps = found["equivalent"]["fixed"]["value"]
+        yield (
+            f"No token went far enough for this clip: in the direction of its advantage none moved its ratio by more "
+            f"than {eps:.3g}; another clip of this width changes nothing here, and what the run does has other causes.",
+            eps,
+            "is-the-clip-idle",
+        )
+    elif idle["ratio_one"] >= 0.1 and not idle["why"]:
+        yield (
+            f"{_percent(idle['ratio_one'])} of the tokens have a ratio of exactly 1, as the first update of a rollout "
+            "has: shares over all tokens understate what the clip does in later updates.",
+            idle["ratio_one"],
+            "is-the-clip-idle",
+        )
+
+
+def _rollout(found: dict[str, Any]) -> Iterator[Advice]:
+    gap = found["rollout"]
+    if gap is None:
+        return
+    moved = found["divergence"]["kl"]["mean"]
+    if gap["equal"] == 1:
+        yield (
+            "rollout_logps equal old_logps for every token: one was copied from the other, and the gap between engine "
+            "and trainer is not known.",
+            1.0,
+            "which-old-policy",
+        )
+    elif gap["k3"] > 0.01 or gap["effective_sample_size"] < 0.9 or (gap["k3"] > moved and gap["k3"] > 1e-4):
+        yield (
+            f"Rollout engine and trainer disagree by more than 2x on {_percent(gap['beyond_2x'])} of the tokens (k3 "
+            f"{gap['k3']:.3g} nats, while the update itself moved kl by {moved:.3g}; effective sample size "
+            f"{gap['effective_sample_size']:.2f}): mend that first, or correct for it with anchor or "
+            "importance_sampling_mode.",
+            gap["beyond_2x"],
+            "which-old-policy",
+        )
+
+
+def _taken(found: dict[str, Any]) -> Iterator[Advice]:
+    whole, clip = found["effect"][0], found["clip"]
+    kept, opposed = whole["gradient_kept"], whole["gradient_opposed"]
+    if kept is not None and kept < 0.9:
+        kl = found["equivalent"].get("band_kl")
+        band = f"; Band kl {kl['value']:.2g} takes as much" if kl else ""
+        yield (
+            f"The clip keeps {_percent(kept)} of the gradient{band}: where that is not meant, make fewer updates a "
+            "rollout or smaller ones, or widen it.",
+            kept,
+            "how-much-is-too-much",
+        )
+    if opposed is not None and opposed > 0.01:
+        yield (
+            f"{_percent(opposed)} as much gradient as there is without a clip pushes against its advantage: this clip "
+            "pulls tokens back.",
+            opposed,
+            "how-much-is-too-much",
+        )
+    if clip["beyond_simplex"] > 0.2 and not found["idle"]["idle"]:
+        yield (
+            f"For {_percent(clip['beyond_simplex'])} of the tokens the upper bound lies past probability 1, so that "
+            "nothing confines their rise.",
+            clip["beyond_simplex"],
+            "which-clip",
+        )
+
+
+def _rare(found: dict[str, Any]) -> Iterator[Advice]:
+    rows = [row for row in found["effect"] if row["sign"] == "positive" and row["bucket"] != "all" and row["tokens"]]
+    parts = [[row for row in rows if (row["bucket"] in ("p0-0.01", "p0.01-0.1")) == rare] for rare in (True, False)]
+    tokens = [sum(row["tokens"] for row in part) for part in parts]
+    if not all(tokens):
+        return
+    rare, other = (
+        sum(row["zero_grad"] * row["tokens"] for row in part) / n for part, n in zip(parts, tokens, strict=True)
+    )
+    band = next((row for row in found["clips"] if row["clip"] == "band"), None)
+    if rare > 0.01 and rare > 2 * other:
+        than = f"; Band kl 0.05 would take it from {_percent(band['zero_grad_rare'])}" if band else ""
+        yield (
+            f"Of the tokens with A > 0, {_percent(rare)} of those with p < 0.1 have no gradient, against "
+            f"{_percent(other)} of the others: the clip holds rare tokens down, however good they are{than}.",
+            rare,
+            "rare-tokens",
+        )
+
+
+def _entropy(found: dict[str, Any]) -> Iterator[Advice]:
+    forms = found["entropy"]
+    if forms is not None:
+        name, form = next((k, v) for k, v in forms.items() if v is not None)
+        clip, free = form["clip"], form["no_clip"]
+        if math.isfinite(clip) and clip != 0:
+            says = "a step on the logits" if name == "logit_step" else "the natural-gradient estimate"
+            by = "rises" if clip > 0 else "falls"
+            part = max(("positive", "negative"), key=lambda sign: math.copysign(1, clip) * form[f"clip_{sign}"])
+            yield (
+                f"To first order the entropy {by}, by {abs(clip):.3g} nats a token for a step of 1 ({says}; "
+                f"{free:+.3g} without a clip), most of it through the tokens with A {'>' if part == 'positive' else '<'} 0.",
+                clip,
+                "entropy",
+            )
+    surprise = found["counts"]["surprise"]
+    if surprise < 0.1:
+        yield (
+            f"The mean of -log p is {surprise:.3g} nats, an estimate of the entropy: the policy hardly explores any "
+            "more, and a clip cannot bring that back.",
+            surprise,
+            "entropy",
+        )
+
+
+def _calm(found: dict[str, Any]) -> Iterator[Advice]:
+    kept = found["effect"][0]["gradient_kept"]
+    if kept is not None:
+        yield (
+            f"Nothing stands out: the clip keeps {_percent(kept)} of the gradient.",
+            kept,
+            "how-much-is-too-much",
+        )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g} %"

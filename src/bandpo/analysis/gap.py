@@ -1,0 +1,72 @@
+"""The gap between the engine that sampled and the trainer: the same weights, two programs, other probabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bandpo.loss.stats import BUCKETS, EDGES
+from bandpo.operator.tokens import MOST_LOG_RATIO
+
+FIELDS = ("tokens", "k3", "beyond", "weight", "weight_squared")
+TWICE = math.log(2.0)
+MOST = 20.0  # no weight counts for more than e^20
+
+
+class Gap:
+    """Sums over tokens of w = old / rollout, by bucket of old probability, and over sequences of their product."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(BUCKETS), len(FIELDS), dtype=torch.float64)
+        self.sequences = torch.zeros(3, dtype=torch.float64)  # how many, sum of W, sum of W^2
+        self.largest, self.equal = 0.0, 0.0
+
+    def add(self, old_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> None:
+        """Count tokens; 2-d ones by sequence too.
+
+        Args:
+            old_logps: of the trainer's old policy.
+            rollout_logps: of the engine that sampled.
+            mask: bool; both of its shape, anything in padding.
+        """
+        log_w = torch.where(mask, old_logps.double() - rollout_logps.double(), 0.0)
+        log_w = log_w.clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
+        bucket = sum((old_logps > math.log(edge)).long() for edge in EDGES)
+        assert isinstance(bucket, Tensor)
+        d = log_w[mask]
+        w = torch.exp(d.clamp(max=MOST))
+        rows = torch.stack([torch.ones_like(d), torch.expm1(d) - d, (d.abs() > TWICE).double(), w, w * w], -1)
+        self.sums.index_add_(0, bucket[mask], rows)
+        self.largest = max(self.largest, float(d.abs().max()) if d.numel() else 0.0)
+        self.equal += float((d == 0).sum())
+        if mask.dim() > 1:
+            whole = torch.exp(log_w.sum(-1).clamp(max=MOST))[mask.any(-1)]
+            self.sequences += torch.stack([torch.ones_like(whole), whole, whole * whole], -1).sum(0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the shares.
+
+        Returns:
+            tokens; k3 (mean of w - 1 - log w, an estimate of KL(rollout || old) in nats); beyond_2x (share of tokens
+            with w > 2 or w < 1/2); effective_sample_size ((sum w)^2 / (n sum w^2), 1 for no gap); largest_log_ratio;
+            equal (share of tokens with w = 1 exactly); sequence_effective_sample_size, of the products over sequences,
+            or None; by_bucket, a list of the first four.
+        """
+        n, weight, squared = (float(x) for x in self.sequences)
+        return {
+            **_row(self.sums.sum(0)),
+            "largest_log_ratio": self.largest,
+            "equal": self.equal / max(float(self.sums[:, 0].sum()), 1.0),
+            "sequence_effective_sample_size": weight * weight / (n * squared) if n else None,
+            "by_bucket": [
+                {"bucket": name, **_row(row)} for name, row in zip(BUCKETS, self.sums, strict=True) if float(row[0])
+            ],
+        }
+
+
+def _row(sums: Tensor) -> dict[str, float]:
+    n, k3, beyond, w, w2 = (float(x) for x in sums)
+    return {"tokens": int(n), "k3": k3 / n, "beyond_2x": beyond / n, "effective_sample_size": w * w / (n * w2)}

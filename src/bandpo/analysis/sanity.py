@@ -1,0 +1,151 @@
+"""Whether values can be what they are said to be: natural logarithms of probabilities, and finite numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bandpo._input import InputError
+
+ROUNDING = 0.01  # a log-probability above 0 by no more than this is a rounded 0
+TOO_MANY = 0.01  # the share of values above 0 from which they are something else
+LOGS = ("logps", "old_logps", "rollout_logps")
+BASES = {"in bits": 1 / math.log(2), "to base 10": 1 / math.log(10)}
+FEWEST = 1000  # tokens from which means are compared
+
+
+class Sanity:
+    """What is odd about a stream of tokens; what cannot be used is left out, and counted.
+
+    Attributes:
+        left_out: tokens that were left out.
+    """
+
+    def __init__(self) -> None:
+        self.left_out = 0
+        self._odd: dict[str, tuple[int, str]] = {}  # what: how many, and where the first one is
+        self._bases: dict[tuple[str, str], list[float]] = {}
+        self._sums = torch.zeros(10, dtype=torch.float64)
+
+    def clean(self, values: dict[str, Tensor], mask: Tensor, start: int = 0) -> Tensor:
+        """Return the mask without the tokens that cannot be used.
+
+        Args:
+            values: by name, of the mask's shape; log-probabilities and advantages.
+            mask: bool.
+            start: how many sequences (or tokens, where there are none) came before.
+
+        Returns:
+            Bool tensor of the mask's shape.
+
+        Raises:
+            InputError: log-probabilities that must be something else.
+        """
+        kept = mask
+        for name, x in values.items():
+            kept = kept & ~self._note(f"{name} is NaN or infinite", mask & ~torch.isfinite(x), start)
+            if name in LOGS:
+                above = mask & torch.isfinite(x) & (x > ROUNDING)
+                if int(above.sum()) > TOO_MANY * int(mask.sum()):
+                    raise InputError(_not_logs(name, x[mask & torch.isfinite(x)], above, start))
+                kept = kept & ~self._note(f"{name} is above 0", above, start)
+        self.left_out += int(mask.sum()) - int(kept.sum())
+        return kept
+
+    def _note(self, what: str, found: Tensor, start: int) -> Tensor:
+        count = int(found.sum())
+        if count:
+            before, where = self._odd.get(what, (0, _place(found, start)))
+            self._odd[what] = before + count, where
+        return found
+
+    def look(self, logps: Tensor, old_logps: Tensor, entropies: Tensor | None, rollout: Tensor | None) -> None:
+        """Gather what tells whether the logarithms are natural; of used tokens alone, each of shape (tokens,)."""
+        for name, x in (("logps", logps), ("rollout_logps", rollout)):
+            if x is not None:
+                sums = self._bases.setdefault((name, "old_logps"), [0.0] * (1 + 2 * len(BASES)))
+                far = old_logps < -0.05
+                quotient = x[far] / old_logps[far]
+                near = [((quotient / b - 1).abs() < 0.01).sum() for _, b, _ in _bases(name, "old_logps")]
+                for i, found in enumerate((far.sum(), *near)):
+                    sums[i] += float(found)
+        log_r = (logps - old_logps).double().clamp(-20.0, 20.0)
+        columns = [torch.ones_like(log_r), *(y for b in (1.0, math.log(2)) for y in _moments(torch.exp(b * log_r)))]
+        if entropies is not None:
+            surprise, h = -old_logps.double(), entropies.double()
+            columns += [torch.ones_like(h), surprise, h, *_moments(surprise - h)[1:]]
+        for i, x in enumerate(columns):
+            self._sums[i] += float(x.sum())
+
+    def remarks(self) -> list[str]:
+        """Return a sentence for each oddity."""
+        said = [f"{what} for {_count(n)}, the first at {where}; left out" for what, (n, where) in self._odd.items()]
+        for (name, other), (tokens, *near) in self._bases.items():
+            for found, (base, quotient, wrong) in zip(near, _bases(name, other), strict=True):
+                if tokens >= 10 and found > 0.5 * tokens:
+                    said.append(
+                        f"{name} / {other} is {quotient:.4g} for {found / tokens:.0%} of the tokens: implausible, "
+                        f"{wrong} looks to be {base}; all must be natural logarithms"
+                    )
+        return said + self._means()
+
+    def _means(self) -> list[str]:
+        """Compare means with what they are for natural logarithms: E[r] = 1, E[-log p] = E[H]."""
+        n, r, r2, s, s2, m, surprise, h, d2 = (float(x) for x in self._sums[:9])
+        said = []
+        if n >= FEWEST:
+            r, s = r / n, s / n
+            error = math.sqrt(max(r2 / n - r * r, 0.0) / n), math.sqrt(max(s2 / n - s * s, 0.0) / n)
+            if r - 1 > 8 * error[0] and abs(s - 1) < 2 * error[1]:
+                said.append(
+                    f"the mean ratio is {r:.4g}, where natural logarithms have 1, and {s:.4g} if they are read as "
+                    "base 2: implausible, the log-probabilities may be in bits; multiply them by 0.6931"
+                )
+        if m >= FEWEST:
+            surprise, h = surprise / m, h / m
+            error_h = math.sqrt(max(d2 / m - (surprise - h) ** 2, 0.0) / m)
+            if abs(surprise - h) > 8 * error_h:
+                for name, x, y in (("old_logps", surprise * math.log(2), h), ("entropies", surprise, h * math.log(2))):
+                    if abs(x - y) < 3 * error_h:
+                        said.append(
+                            f"the mean of -old_logps is {surprise:.4g} and that of entropies {h:.4g}, which should be "
+                            f"alike: implausible, {name} may be in bits; multiply by 0.6931"
+                        )
+        return said
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x, x * x
+
+
+def _bases(name: str, other: str) -> list[tuple[str, float, str]]:
+    """Return each mistake of the base: which base, what it makes of name / other, and which of both is wrong."""
+    return [x for base, b in BASES.items() for x in ((base, b, name), (base, 1 / b, other))]
+
+
+def _count(n: int) -> str:
+    return "1 token" if n == 1 else f"{n:,} tokens"
+
+
+def _place(found: Tensor, start: int) -> str:
+    """Say where the first one is."""
+    place = int(found.flatten().to(torch.int8).argmax())
+    if found.dim() < 2:
+        return f"token {start + place}"
+    return f"sequence {start + place // found.shape[-1]}, token {place % found.shape[-1]}"
+
+
+def _not_logs(name: str, x: Tensor, above: Tensor, start: int) -> str:
+    """Say what values that are no log-probabilities look like."""
+    count = int(above.sum())
+    if bool((x >= 0).all()):
+        small = bool((x <= 1).all())
+        guess, way = ("probabilities", "give their natural logarithms") if small else ("-log p", "change the sign, -x")
+    else:
+        guess, way = "logits", "give torch.log_softmax(logits, -1) of the taken tokens"
+    return (
+        f"{name} holds {count:,} of {len(x):,} values above 0, the first at {_place(above, start)}: must be natural "
+        f"logarithms of probabilities, and these look like {guess}; {way}"
+    )

@@ -1,0 +1,88 @@
+"""`bandpo explain`: what a clip does to logged tokens."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bandpo._input import InputError, nearest
+from bandpo.cli._clip import add_clip, clip_args
+from bandpo.cli._parser import finish
+
+if TYPE_CHECKING:
+    from bandpo.lab.token_log import TokenLog
+
+EXAMPLE = "example"  # the log that ships with the package
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "explain",
+        help="say what a clip does to logged tokens",
+        description="Read a log of tokens and say what the clip in use does to them: whether it is idle, what it takes\n"
+        "and from which tokens, which other clip would take as much, how far the rollout engine is from the\n"
+        "trainer, where the entropy goes, and what to make of it.",
+        epilog="examples:\n  bandpo explain example --clip clip_higher\n"
+        "  bandpo explain tokens.npz --clip band --clip_args.delta 0.02 --html tokens.html",
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help=".npz, .pt, .jsonl, .parquet, a run's folder, or 'example', which ships with bandpo",
+    )
+    add_clip(parser, "the run's own where the folder knows it, else PPO's 0.2 / 0.2")
+    parser.add_argument("--anchor", default="old", help="old policy the clip measures from: old, p, r or both")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="sequences that a clip which looks at the batch sees at once"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
+    finish(parser, _explain)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from bandpo.analysis.explain import Explainer
+    from bandpo.lab.token_log import open_log
+
+    given = clip_args(args)
+    if args.clip is None and given:
+        raise InputError(f"--clip_args {given}: must come with --clip NAME; name the clip")
+    log = open_log(_path(args.file))
+    clip, given = (args.clip, given) if args.clip else log.clip or ("fixed", {})
+    explainer = Explainer(clip, clip_args=given, anchor=args.anchor, batch=args.batch)
+    try:
+        for part in log.parts(args.batch):
+            explainer.update(**part)
+        explainer.remarks += log.remarks
+        found = explainer.compute()
+    except InputError as error:
+        raise InputError(f"{log.path}: {error}") from None
+    result = {"file": str(args.file), "fields": log.fields, **found.to_dict()}
+    if args.html:
+        from bandpo.lab.explain_page import write_page
+
+        result["html"] = str(write_page(found, str(args.file), args.html))
+    print(json.dumps(result) if args.json else "\n\n".join([_found(args, log), str(found), *_drawn(result)]))
+
+
+def _found(args: argparse.Namespace, log: TokenLog) -> str:
+    fields = ", ".join(ours if ours == name else f"{ours} ({name})" for ours, name in log.fields.items())
+    assumed = "" if args.clip or log.clip else "; the clip is PPO's 0.2 / 0.2, name yours with --clip"
+    return f"{args.file}: {fields}{assumed}"
+
+
+def _drawn(result: dict[str, Any]) -> list[str]:
+    return [f"written: {result['html']}"] if "html" in result else []
+
+
+def _path(file: str) -> Path:
+    path = Path(file)
+    if file == EXAMPLE and not path.exists():
+        return Path(str(importlib.resources.files("bandpo") / "examples" / "tokens.npz"))
+    if not path.exists():
+        there = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"{file}: no such file{nearest(path.name, [*there, EXAMPLE])}; give a log of tokens")
+    return path

@@ -1,0 +1,155 @@
+"""What a clip did to a batch, on one axis for every clip: sums that add up over batches and ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bandpo.clips.base import Clip, Region
+from bandpo.operator.family import get_divergence
+from bandpo.operator.tokens import Tokens, above
+
+EDGES = (0.01, 0.1, 0.5, 0.9)
+BUCKETS = tuple(f"p{low:g}-{high:g}" for low, high in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))
+SIGNS = ("neg", "zero", "pos")  # of the advantage
+COUNTS = ("tokens", "outside_below", "outside_above", "capped", "zero_grad_below", "zero_grad_above")
+GRADIENTS = ("gradient_kept", "gradient_opposed", "gradient_free")
+MEASURES = ("kl", "tv", "divergence")
+FIELDS = (*COUNTS, *GRADIENTS, *MEASURES)
+BRIEF = (
+    "outside_below", "outside_above", "capped", "zero_grad_below", "zero_grad_above", "zero_grad",
+    "gradient_kept", "gradient_opposed", "kl_mean",
+)  # fmt: skip
+HOW_MUCH = ("brief", "full", "none")
+MOST_RATIO = math.exp(20.0)  # no gradient counts for more than e^20 |A|
+MOST_REACHED = 1e29  # nor a divergence for more than this, so that sums stay finite
+PIECE, LARGE_PIECE = 1 << 14, 1 << 22  # tokens counted at a time on a CPU, and elsewhere: little memory, exact sums
+
+
+@dataclass(frozen=True)
+class ClipStats:
+    """Sums over tokens by sign of the advantage and bucket of old probability.
+
+    Add two to join batches; to join ranks, sum `sums` and take the maximum of `maxima`. Counts stay exact, so the order
+    makes no difference.
+
+    Args:
+        sums: shape (3 signs, buckets, fields), float64 (float32 where there is none): counts of tokens, outside_below,
+            outside_above (of the region, its cap apart), capped (past the cap alone), zero_grad_below, zero_grad_above
+            (c = 0 with r < 1, r > 1, where A is not 0); sums of max(0, c sgn A), max(0, -c sgn A) and |r A|, with no
+            ratio above e^20; sums of the divergence reached in kl, tv and the clip's own measure.
+        maxima: shape (3 signs, buckets, 3): the largest kl, tv and own divergence reached.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+
+    def __add__(self, other: ClipStats) -> ClipStats:
+        return ClipStats(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+
+    def metrics(self, prefix: str = "", only: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return the shares, as tensors of no dimension; 0 where there is no token.
+
+        Args:
+            prefix: put before each name.
+            only: the names wanted, as `BRIEF`; all when None.
+
+        Returns:
+            outside_below, outside_above, capped, zero_grad_below, zero_grad_above, zero_grad (shares of the tokens);
+            gradient_kept, gradient_opposed (shares of sum |r A|); kl_mean, kl_max, tv_mean, tv_max, divergence_mean,
+            divergence_max (reached, the last pair in the clip's own measure). The same by bucket as NAME/BUCKET, with
+            share/BUCKET; and for A > 0 and A < 0 alone as NAME/pos, NAME/pos/BUCKET, NAME/neg, NAME/neg/BUCKET.
+        """
+        rows = torch.stack([self.sums.sum(0), self.sums[2], self.sums[0]])  # all signs, A > 0, A < 0
+        rows = torch.cat([rows.sum(1, keepdim=True), rows], 1)
+        most = torch.stack([self.maxima.amax(0), self.maxima[2], self.maxima[0]])
+        most = torch.cat([most.amax(1, keepdim=True), most], 1).to(rows.dtype)
+        counts, kept, free, reached = torch.split(rows, [len(COUNTS), 2, 1, len(MEASURES)], -1)
+        tokens, shares = counts[..., :1].clamp(min=1.0), counts[..., 1:] / counts[..., :1].clamp(min=1.0)
+        kept = kept / torch.where(free > 0, free, 1.0)
+        zero = shares[..., -2:].sum(-1, keepdim=True)
+        table = torch.cat([shares, zero, kept, reached / tokens, most, counts[..., :1] / tokens[0, 0]], -1).float()
+        names = (*COUNTS[1:], "zero_grad", *GRADIENTS[:2], *(f"{m}_{x}" for x in ("mean", "max") for m in MEASURES))
+        places = [f"{sign}{bucket}" for sign in ("", "/pos", "/neg") for bucket in ("", *(f"/{b}" for b in BUCKETS))]
+        keys = [f"{name}{place}" for place in places for name in (*names, "share")]
+        found = dict(zip(keys, table.flatten().unbind(), strict=True))
+        del found["share"]  # of all tokens among all tokens
+        return {prefix + name: found[name] for name in (found if only is None else only)}
+
+
+@torch.no_grad()
+def count(clip: Clip, tokens: Tokens, c: Tensor) -> ClipStats:
+    """Return the sums over tokens of what a clip did.
+
+    Args:
+        clip: the clip; its region, where it has one, says what is outside.
+        tokens: what it looked at.
+        c: its coefficient for them.
+
+    Returns:
+        `ClipStats`.
+    """
+    region, bins = clip.boundary, len(SIGNS) * len(BUCKETS) + 1  # the last for padding
+    flat = [x.flatten() for x in (tokens.log_q, tokens.log_p, tokens.advantages, c)]
+    flat += [] if tokens.mask is None else [tokens.mask.flatten()]
+    sides = [] if region is None or region.splits else [x.flatten() for x in _sides(region, tokens)]
+    wide = torch.float32 if c.device.type == "mps" else torch.float64
+    sums = torch.zeros(len(FIELDS), bins, dtype=wide, device=c.device)
+    maxima = torch.zeros(len(MEASURES), bins, dtype=c.dtype, device=c.device)
+    for piece in _pieces(flat + sides):
+        t, c_piece = Tokens(*piece[:3]), piece[3]
+        side, capped = piece[len(flat) :] or _sides(region, t)
+        index, rows = _bins(t, *piece[4 : len(flat)]), torch.stack(_columns(clip, t, c_piece, side, capped))
+        sums += torch.zeros(len(FIELDS), bins, dtype=c.dtype, device=c.device).index_add(1, index, rows)
+        reached = rows[-len(MEASURES) :]
+        maxima = maxima.scatter_reduce(1, index.expand_as(reached), reached, "amax")
+    shape = (len(SIGNS), len(BUCKETS), -1)
+    return ClipStats(sums[:, :-1].T.reshape(shape), maxima[:, :-1].T.reshape(shape))
+
+
+def _sides(region: Region | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return on which side of the region without its cap each token is, and 1 where it is past the cap alone."""
+    if region is None:
+        return (torch.zeros_like(tokens.log_r),) * 2
+    side, uncapped = region.side(tokens), region.uncapped()
+    if uncapped is region:
+        return side, torch.zeros_like(side)
+    inside = uncapped.side(tokens)
+    return inside, above(side - inside, 0.0)
+
+
+def _bins(tokens: Tokens, mask: Tensor | None = None) -> Tensor:
+    """Return the bin of each token, by the sign of its advantage and its old probability."""
+    index = 5 * (torch.sign(tokens.advantages).nan_to_num() + 1)
+    for edge in EDGES:
+        index += above(tokens.log_p, math.log(edge))
+    return (index if mask is None else torch.where(mask, index, len(SIGNS) * len(BUCKETS))).long()
+
+
+def _columns(clip: Clip, t: Tokens, c: Tensor, side: Tensor, capped: Tensor) -> tuple[Tensor, ...]:
+    """Return the `FIELDS` of each token."""
+    sign, most = torch.sign(t.advantages), MOST_RATIO * t.advantages.abs()
+    rising, shut = above(t.log_r, 0.0), (c == 0).to(c.dtype) * sign.abs()
+    # far below any radius a sum over tokens needs no digits; rounding alone is below 0
+    kl, tv = (get_divergence(d).of(t, digits=False).clamp_(0.0, MOST_REACHED) for d in ("kl", "tv"))
+    own = get_divergence("kl") if clip.boundary is None else clip.boundary.measure
+    mine = kl if own is get_divergence("kl") else own.of(t, digits=False).clamp_(0.0, MOST_REACHED)
+    return (
+        torch.ones_like(c), side.clamp(max=0.0).neg(), side.clamp(min=0.0), capped,
+        shut * (1 - rising), shut * rising,
+        torch.minimum((c * sign).clamp(min=0.0), most), torch.minimum((-c * sign).clamp(min=0.0), most),
+        torch.minimum(t.weighted.abs(), most), kl, tv, mine,
+    )  # fmt: skip
+
+
+def _pieces(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield pieces small enough that their rows hold little memory."""
+    if torch.compiler.is_compiling():
+        yield tuple(tensors)
+    else:
+        size = PIECE if tensors[0].device.type == "cpu" else LARGE_PIECE
+        yield from zip(*(torch.split(x, size) for x in tensors), strict=True)

@@ -1,0 +1,141 @@
+"""The look that every drawing of the project shares, and how one is written (needs matplotlib: extra ``train``)."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bandpo._input import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1b2027", "#5a6472", "#dfe3e8"
+DASHED = (0, (4, 3))
+COLOURS = ("#1f68c7", "#d06a12", "#23906a", "#9c4a9e", "#6d747e", "#b53f38")
+RC = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.hashsalt": "bandpo",
+}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a drawing that exists for light and for dark pages.
+
+    Args:
+        ink: of lines and titles.
+        muted: of everything beside them.
+        rule: of grids and of what is out of reach.
+        colours: of the series, in the order of `COLOURS`.
+        none: of no gradient.
+        heat: of c / A from -20 by -1 to 0, and from 0 by 1 to 20.
+    """
+
+    ink: str
+    muted: str
+    rule: str
+    colours: tuple[str, ...]
+    none: str
+    heat: tuple[str, ...]
+
+    @property
+    def rc(self) -> dict[str, Any]:
+        """The settings of matplotlib: `RC` in these colours, on no ground of its own, and with text as text."""
+        swap = {INK: self.ink, MUTED: self.muted, RULE: self.rule}
+        own = {key: swap.get(value, value) if isinstance(value, str) else value for key, value in RC.items()}
+        return own | {
+            "savefig.transparent": True,
+            "svg.fonttype": "none",
+            "font.sans-serif": ["DejaVu Sans", "Arial"],
+            "hatch.linewidth": 0.6,
+        }
+
+
+LIGHT = Theme(
+    INK,
+    MUTED,
+    "#c3c9d1",
+    COLOURS,
+    "#eceef1",
+    ("#6b2c00", "#e08a3c", "#fbe4cf", "#d6e6f8", "#5b9be0", "#08306b"),
+)
+DARK = Theme(
+    "#e7ebf0",
+    "#9ba7b4",
+    "#39424e",
+    ("#6fa9f7", "#f09b4c", "#55c79a", "#cf8bd1", "#a3abb6", "#f08a83"),
+    "#3a424c",
+    ("#ffe2c2", "#d9771f", "#4d2a0d", "#17335c", "#3f86dd", "#d4e8ff"),
+)
+
+
+def need_matplotlib() -> None:
+    """Raise an InputError with the pip line when matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("drawing needs matplotlib, which is not installed: pip install matplotlib") from None
+
+
+def save(figure: Figure, path: Path, theme: Theme | None = None) -> Path:
+    """Write a figure; the suffix says the format (svg, png, pdf).
+
+    Args:
+        figure: a matplotlib figure.
+        path: where to.
+        theme: that it was drawn in, where it has one.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: the suffix is no format of matplotlib, or the file cannot be written.
+    """
+    from matplotlib import rc_context
+
+    formats = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in formats:
+        raise InputError(f"{path}: cannot draw to {kind or 'a file without a suffix'!r}; use .svg, .png or .pdf")
+    stamp = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else {}
+    drawn = io.BytesIO()
+    with rc_context(RC if theme is None else theme.rc):
+        figure.savefig(drawn, format=kind, dpi=160, metadata=stamp)
+    try:
+        path.write_bytes(drawn.getvalue() if theme is None or kind != "svg" else _slim(drawn.getvalue()))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); give a folder that exists") from None
+    return path
+
+
+def _slim(svg: bytes) -> bytes:
+    """The same drawing in half the bytes; its bitmaps are smoothed by the reader."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", svg.decode(), flags=re.DOTALL)
+    text = re.sub(r' (?:transform="rotate\(-0 [^"]*"|id="(?:figure|axes|patch|text|line2d|[xy]tick)_\d+")', "", text)
+    text = text.replace(' style="image-rendering:crisp-edges;image-rendering:pixelated"', "")
+    text = re.sub(r"<(?!image)[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
+    return (re.sub(r"\n[ \n]+", "\n", text).strip() + "\n").encode()

@@ -1,0 +1,342 @@
+"""Logs of tokens: the same tokens in every format are the same tokens; one line for everything that is none."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from bandpo import cli
+from bandpo._input import InputError
+from bandpo.analysis.explain import Explainer
+from bandpo.lab import token_log
+from bandpo.lab.token_log import open_log
+
+FIELDS = ("logps", "old_logps", "rollout_logps")
+
+
+def arrays(rows: int = 9, columns: int = 14) -> dict[str, np.ndarray]:
+    """Padded tokens; what stands in padding must not matter."""
+    random = np.random.default_rng(0)
+    old = -random.exponential(1.0, (rows, columns)).astype(np.float32)
+    mask = np.arange(columns) < random.integers(1, columns + 1, (rows, 1))
+    new = np.minimum(old + 0.3 * random.standard_normal(old.shape).astype(np.float32), 0)
+    found = {"logps": new, "old_logps": old, "rollout_logps": np.minimum(old + 0.01, 0).astype(np.float32)}
+    found = {name: np.where(mask, x, np.nan).astype(np.float32) for name, x in found.items()}
+    return found | {"mask": mask, "advantages": random.standard_normal(rows).astype(np.float32)}
+
+
+def records(x: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    return [
+        {name: x[name][i][m].tolist() for name in FIELDS} | {"advantages": float(x["advantages"][i])}
+        for i, m in enumerate(x["mask"])
+    ]
+
+
+def flat(x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    wide = x | {"advantages": np.broadcast_to(x["advantages"][:, None], x["mask"].shape)}
+    return {name: wide[name][x["mask"]] for name in (*FIELDS, "advantages")}
+
+
+def zeros(x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k: np.nan_to_num(v) if v.dtype == np.float32 else v for k, v in x.items()}
+
+
+def lengths(x: dict[str, np.ndarray]) -> np.ndarray:
+    return x["mask"].sum(1)
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tokens_of(x: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    ids = np.repeat([f"s{i}" for i in range(len(lengths(x)))], lengths(x)).tolist()
+    columns = {name: v.tolist() for name, v in flat(x).items()} | {"sequence": ids}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def write_fortran(path: Path, x: dict[str, np.ndarray]) -> None:
+    np.savez(path, **{k: np.asfortranarray(v) for k, v in x.items()})  # type: ignore[arg-type]
+
+
+def tensors(x: dict[str, np.ndarray], **names: str) -> dict[str, torch.Tensor]:
+    return {names.get(k, k): torch.from_numpy(v.copy()) for k, v in x.items()}
+
+
+VERL = {
+    "logps": "log_probs",
+    "old_logps": "old_log_probs",
+    "rollout_logps": "rollout_log_probs",
+    "mask": "response_mask",
+}
+TRL = {
+    "logps": "logps",
+    "old_logps": "old_per_token_logps",
+    "rollout_logps": "sampling_per_token_logps",
+    "mask": "completion_mask",
+}
+
+
+def as_trl(x: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """With a tool's tokens, which TRL masks apart."""
+    batch = tensors(x, **TRL)
+    wide = [torch.cat([batch[k], batch[k][:, :1]], 1) for k in list(batch) if batch[k].dim() > 1]
+    out = dict(zip([k for k in batch if batch[k].dim() > 1], wide, strict=True)) | {"advantages": batch["advantages"]}
+    out["completion_mask"][:, -1] = 1
+    tool = torch.ones_like(out["completion_mask"], dtype=torch.int64)
+    tool[:, -1] = 0
+    return out | {"tool_mask": tool, "prompt_ids": torch.zeros(len(tool), 3, dtype=torch.int64)}
+
+
+def by_halves(x: dict[str, np.ndarray]) -> list[dict[str, torch.Tensor]]:
+    return [{k: v[i : i + 5] for k, v in tensors(x).items()} for i in (0, 5)]
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path, dict[str, np.ndarray]], object]]] = {
+    "padded": ("x.npz", lambda p, x: np.savez_compressed(p, **x)),  # type: ignore[arg-type]
+    "padded, advantages in a column": (
+        "x.npz",
+        lambda p, x: np.savez(p, **x | {"advantages": x["advantages"][:, None]}),
+    ),
+    "columns first": ("x.npz", write_fortran),
+    "padded, lengths for a mask": (
+        "x.npz",
+        lambda p, x: np.savez(p, lengths=lengths(x), **{k: v for k, v in zeros(x).items() if k != "mask"}),
+    ),
+    "one after the other, lengths": ("x.npz", lambda p, x: np.savez(p, **flat(x), lengths=lengths(x))),
+    "advantages by sequence": (
+        "x.npz",
+        lambda p, x: np.savez(p, **flat(x) | {"advantages": x["advantages"]}, lengths=lengths(x)),
+    ),
+    "sequence numbers": (
+        "x.npz",
+        lambda p, x: np.savez(p, **flat(x), sequence=np.repeat(np.arange(9) * 3, lengths(x))),
+    ),
+    "torch": ("x.pt", lambda p, x: torch.save(tensors(x), p)),
+    "torch, old format": ("x.bin", lambda p, x: torch.save(tensors(x), p, _use_new_zipfile_serialization=False)),
+    "torch, float64": ("x.pth", lambda p, x: torch.save({k: v.double() for k, v in tensors(x).items()}, p)),
+    "torch, two batches": ("x.pt", lambda p, x: torch.save(by_halves(x), p)),
+    "verl": ("x.pt", lambda p, x: torch.save(tensors(zeros(x), **VERL) | {"responses": torch.zeros(9, 14)}, p)),
+    "verl, nested": ("x.pt", lambda p, x: torch.save({"batch": tensors(zeros(x), **VERL), "meta": {"step": 3}}, p)),
+    "trl": ("x.pt", lambda p, x: torch.save(as_trl(x), p)),
+    "a line a sequence": ("x.jsonl", lambda p, x: lines(p, records(x))),
+    "a line a token": ("x.jsonl", lambda p, x: lines(p, tokens_of(x))),
+    "a row a sequence": ("x.parquet", lambda p, x: parquet.write_table(pyarrow.Table.from_pylist(records(x)), p)),
+    "a row a token": ("x.parquet", lambda p, x: parquet.write_table(pyarrow.Table.from_pylist(tokens_of(x)), p)),
+    "a run's folder": ("tokens.npz", lambda p, x: np.savez(p, **x)),  # type: ignore[arg-type]
+}
+
+
+def explain(path: Path, batch: int | None = None) -> dict[str, Any]:
+    explainer = Explainer("gspo", batch=batch)
+    for part in open_log(path).parts(batch):
+        explainer.update(**part)  # type: ignore[arg-type]
+    found = explainer.compute().to_dict()
+    return {k: v for k, v in found.items() if k not in ("counts", "remarks")} | {
+        "n": [found["counts"][k] for k in ("tokens", "sequences")]
+    }
+
+
+@pytest.mark.parametrize("part", [1 << 17, 20])
+@pytest.mark.parametrize("how", WRITERS)
+def test_every_format_holds_the_same_tokens(
+    how: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_log, "PART", part)
+    x = arrays()
+    name, write = WRITERS[how]
+    write(tmp_path / name, x)
+    explainer = Explainer("gspo", batch=4)
+    explainer.update(**{k: torch.from_numpy(v.copy()) for k, v in x.items()})  # type: ignore[arg-type]
+    want = explainer.compute().to_dict()
+    found = explain(tmp_path if how == "a run's folder" else tmp_path / name, batch=None if "two" in how else 4)
+    assert found["n"] == [int(x["mask"].sum()), 9]
+    assert _numbers(found["effect"]) == pytest.approx(_numbers(want["effect"]), rel=1e-6)
+    assert _numbers(found["sequence"]) == pytest.approx(_numbers(want["sequence"]), rel=1e-5)
+    assert _numbers(found["rollout"]) == pytest.approx(_numbers(want["rollout"]), rel=1e-4)
+    if "two" not in how:  # clips that look at the batch saw the same batches
+        assert _numbers(found["clips"]) == pytest.approx(_numbers(want["clips"]), rel=1e-5)
+
+
+def _numbers(x: Any) -> list[float]:
+    if isinstance(x, (dict, list)):
+        return [y for value in (x.values() if isinstance(x, dict) else x) for y in _numbers(value)]
+    return [float(x)] if isinstance(x, (int, float)) else []
+
+
+def test_tokens_without_sequences_stay_so(tmp_path: Path) -> None:
+    x = flat(arrays())
+    np.savez(tmp_path / "x.npz", **x)  # type: ignore[arg-type]
+    lines(tmp_path / "x.jsonl", [dict(zip(x, map(float, row), strict=True)) for row in zip(*x.values(), strict=True)])
+    for name in ("x.npz", "x.jsonl"):
+        parts = list(open_log(tmp_path / name).parts())
+        assert [part["logps"].dim() for part in parts] == [1]
+        assert torch.equal(parts[0]["logps"].float(), torch.from_numpy(x["logps"]))
+
+
+def test_a_run_folder_names_its_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "tokens.npz", **flat(arrays()))  # type: ignore[arg-type]
+    (tmp_path / "run.json").write_text(json.dumps({"clip": "band", "clip_args": {"delta": 0.02}}))
+    assert cli.main(["explain", str(tmp_path), "--json"]) == 0
+    assert "delta=0.02" in json.loads(capsys.readouterr().out)["clip"]["is"]
+    assert cli.main(["explain", str(tmp_path), "--clip", "sapo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["clip"]["name"] == "sapo"
+
+
+def test_what_has_to_be_assumed_is_said(tmp_path: Path) -> None:
+    x = as_trl(arrays())
+    torch.save({k: v for k, v in x.items() if k != "old_per_token_logps"}, tmp_path / "x.pt")
+    log = open_log(tmp_path / "x.pt")
+    part = next(log.parts())
+    assert torch.equal(part["old_logps"].nan_to_num(), part["logps"].nan_to_num())
+    assert "every ratio is 1" in log.remarks[0]
+    torch.save(x | {"per_token_logps": x["logps"]}, tmp_path / "y.pt")
+    assert "logps and per_token_logps are the same field: logps is used" in open_log(tmp_path / "y.pt").remarks
+    text = "".join(json.dumps(row) + "\n" for row in records(arrays()))
+    (tmp_path / "x.jsonl").write_text(text[:-40])
+    log = open_log(tmp_path / "x.jsonl")
+    assert sum(len(part["logps"]) for part in log.parts()) == 8 and "line 9 is cut short, and left out" in log.remarks
+
+
+def test_nulls_are_counted_as_missing(tmp_path: Path) -> None:
+    lines(tmp_path / "x.jsonl", [{"logps": [-1.0, None], "old_logps": [-1.1, -2.0], "advantages": 1.0}] * 60)
+    assert cli.main(["explain", str(tmp_path / "x.jsonl")]) == 0
+    explainer = Explainer()
+    for part in open_log(tmp_path / "x.jsonl").parts():
+        explainer.update(**part)  # type: ignore[arg-type]
+    found = explainer.compute()
+    assert (
+        found.counts["left_out"] == 60
+        and "logps is NaN or infinite for 60 tokens, the first at sequence 0, token 1" in found.remarks[0]
+    )
+
+
+# ---------------------------------------------------------------- what is no log
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("it was unpickled",))
+
+
+def npz(**named: Any) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **named)
+    return out.getvalue()
+
+
+def pt(x: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(x, out)
+    return out.getvalue()
+
+
+def table(**columns: Any) -> bytes:
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+V = np.full(5, -1.0, np.float32)
+M = np.full((5, 3), -1.0, np.float32)
+N = torch.full((5, 3), -1.0)
+GOOD = {"logps": V, "old_logps": V, "advantages": V}
+BAD: dict[str, tuple[str, bytes, str]] = {
+    "no such format": ("x.csv", b"a,b", "unknown format '.csv'; must be .npz, .pt, .pth, .bin, .jsonl, .parquet"),
+    "no suffix": ("x", b"", "unknown format '(no suffix)'"),
+    "a suffix misspelt": ("x.jsonn", b"", "did you mean '.jsonl'?"),
+    "no zip": ("x.npz", b"hello", "cannot be read as .npz"),
+    "no torch file": ("x.pt", b"hello", "holds objects other than tensors|cannot be read"),
+    "no parquet": ("x.parquet", b"hello", "cannot be read as .parquet"),
+    "other fields": ("x.npz", npz(a=V, b=V), r"has the fields a, b; wanted: logps \(logps, per_token_logps, log_probs"),
+    "one field missing": ("x.npz", npz(logps=V, old_logps=V), "has the fields logps, old_logps; wanted: advantages"),
+    "trl's batch before the loss": (
+        "x.pt", pt({"old_per_token_logps": N, "advantages": N[:, 0]}), "a batch is dumped before the loss makes them",
+    ),
+    "other lengths": ("x.npz", npz(**GOOD | {"old_logps": V[:4]}), r"old_logps has shape \(4,\), and logps \(5,\)"),
+    "other shapes": ("x.npz", npz(logps=M, old_logps=M, advantages=V[:3]), r"advantages has shape \(3,\), and logps \(5, 3\)"),
+    "mask of another shape": ("x.npz", npz(logps=M, old_logps=M, advantages=V, mask=V), r"mask has shape \(5,\)"),
+    "logits for logps": ("x.npz", npz(logps=M[None], old_logps=M[None], advantages=V), "of logits over a vocabulary"),
+    "objects": ("x.npz", npz(**GOOD | {"logps": np.array([[1], [2, 3]], object)}), "logps holds objects: must be numbers"),
+    "text": ("x.npz", npz(**GOOD | {"logps": np.array(["a"] * 5)}), "logps holds <U1: must be numbers"),
+    "lengths that do not add up": ("x.npz", npz(**GOOD, lengths=np.array([2, 2])), "lengths add up to 4, and logps has 5"),
+    "lengths of other sequences": ("x.npz", npz(logps=M, old_logps=M, advantages=V, lengths=np.array([2, 2])), "one for each of the 5"),
+    "no tensors": ("x.pt", pt([1, 2]), "must be a dict of tensors"),
+    "objects in torch": ("x.pt", pt({"logps": N, "trap": Trap()}), r"write it with torch.save\(\{name: tensor"),
+    "a pickle": ("x.pt", pickle.dumps(Trap()), "holds objects other than tensors"),
+    "batches that differ": (
+        "x.pt",
+        pt([{"logps": N, "old_logps": N, "advantages": N, "mask": N}, {"logps": N, "old_logps": N, "advantages": N}]),
+        "mask is in the first batch, and not in every one",
+    ),
+    "empty lines": ("x.jsonl", b"\n\n", "is empty; must hold a JSON object"),
+    "no json": ("x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\nhello\n{}\n', "line 2 is not JSON"),
+    "no object": ("x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\n7\n', "line 2: must be a JSON object"),
+    "a line without a field": (
+        "x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\n{"logps": -1}\n', "line 2 has no 'old_logps'",
+    ),
+    "words": (
+        "x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\n{"logps": "x", "old_logps": -1, "advantages": 1}\n',
+        "logps of record 2 is 'x': must be a number",
+    ),
+    "lists of other lengths": (
+        "x.jsonl", b'{"logps": [-1], "old_logps": [-1], "advantages": 1}\n{"logps": [-1], "old_logps": [-1, -1], "advantages": 1}\n',
+        "old_logps of record 2 has 2 values, and logps 1",
+    ),
+    "a number for a list": (
+        "x.jsonl", b'{"logps": [-1], "old_logps": -1, "advantages": 1}\n', "old_logps of record 1 has no list of values",
+    ),
+    "lists of other lengths in parquet": (
+        "x.parquet", table(logps=[[-1.0], [-1.0]], old_logps=[[-1.0], [-1.0, -2.0]], advantages=[1.0, 1.0]),
+        "old_logps of record 2 has 2 values",
+    ),
+    "no tokens": ("x.npz", npz(logps=V[:0], old_logps=V[:0], advantages=V[:0]), "no token to look at"),
+    "mask of zeros": ("x.npz", npz(**GOOD, mask=np.zeros(5)), "mask is 0 everywhere"),
+    "logits": ("x.npz", npz(**GOOD | {"logps": np.array([3, -1, 2, 0.5, -7.0])}), "these look like logits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_no_log_is_said_in_one_line(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    name, data, says = BAD[what]
+    (tmp_path / name).write_bytes(data)
+    assert cli.main(["explain", str(tmp_path / name)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.search(says, err), err
+    assert str(tmp_path / name) in err
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    np.save(out, V)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        for name in GOOD:
+            file.writestr(f"{name}.npy", out.getvalue()[:-4] if name == "logps" else out.getvalue())
+    with pytest.raises(InputError, match="logps ends early"):
+        list(open_log(tmp_path / "x.npz").parts())
+
+
+def test_folders_and_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no tokens.npz"):
+        open_log(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        open_log(tmp_path / "x.npz")
+    np.savez(tmp_path / "tokens.npz", **GOOD)  # type: ignore[arg-type]
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match="run.json: is no JSON"):
+        open_log(tmp_path)
