@@ -354,6 +354,12 @@ def topr(t: T, floor: float = 0.0, cap: float = 1.0) -> float:
     return t.A if t.reward > 0 else cut(t.r, floor, cap) * t.A
 
 
+def up_grpo(t: T, eps_low: float = 0.2, cap: float = 3.0) -> float:
+    if t.A > 0:
+        return t.A
+    return t.r * t.A if 1 - eps_low <= t.r <= cap else 0.0
+
+
 def dro(t: T, beta: float = 0.1) -> float:
     return t.A - beta * math.log(t.r)
 
@@ -420,7 +426,7 @@ FORMULAS: dict[str, Callable[..., float]] = {name: gate(region) for name, region
 FORMULAS |= {f.__name__: f for f in (dual_clip, dgpo, ce_gppo, aspo)}
 FORMULAS |= {f.__name__: f for f in (dppo_tv, dppo_kl, dppo_topk, ipo, icepop, tr_ppo)}
 FORMULAS |= {f.__name__: f for f in (band_sequence, trm, opsm, cppo, m2po)}
-FORMULAS |= {f.__name__: f for f in (cispo, sapo, maspo, drpo, spo, truly_ppo, pg_is, topr, dro)}
+FORMULAS |= {f.__name__: f for f in (cispo, sapo, maspo, drpo, spo, truly_ppo, pg_is, topr, up_grpo, dro)}
 FORMULAS |= {f.__name__: f for f in (kl_cov, clip_cov, gspo, gmpo, vespo)}
 
 KL = {"clip": "band", "divergence": "kl", "delta": 0.02}
@@ -498,6 +504,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "truly_ppo": [{"delta": 8e-4, "slope": 20.0}],
     "pg_is": [{"alpha": 0.1}],
     "topr": [{"floor": 0.5, "cap": 2.0}],
+    "up_grpo": [{"eps_low": 0.5, "cap": 1.5}, {"eps_low": 0.0}, {"eps_low": 1.0, "cap": 20.0}],
     "dro": [{"beta": 2.0}],
     "kl_cov": [{"fraction": 0.3, "beta": 0.1}, {"fraction": 1.0}],
     "clip_cov": [

@@ -49,6 +49,7 @@ from bandpo.clips.topr import Topr
 from bandpo.clips.trgppo import Trgppo
 from bandpo.clips.trm import Trm
 from bandpo.clips.truly_ppo import TrPpo, TrulyPpo
+from bandpo.clips.up_grpo import UpGrpo
 from bandpo.clips.vespo import Vespo
 from bandpo.operator.tokens import Tokens
 
@@ -96,6 +97,7 @@ CLIPS: dict[str, type[Clip]] = {
     "clip_cov": ClipCov,
     "gmpo": Gmpo,
     "vespo": Vespo,
+    "up_grpo": UpGrpo,
 }
 # a method whose published values changed: its name, the date or the source of the values, and these
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {

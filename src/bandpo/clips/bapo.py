@@ -56,6 +56,7 @@ class Bapo(Region):
                 raise InputError(f"{name}={ends!r}: must be the first and the last margin, as in (0.4, 0.2)")
             for end in ends:
                 check_number(name, end, 0.0, most)
+            object.__setattr__(self, name, tuple(ends))  # a recipe has lists, which cannot be hashed
         check_number("share", self.share, 0.0, 1.0, open_low=True)
         check_number("step", self.step, 0.0, open_low=True)
 
