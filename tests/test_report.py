@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from bandpo._input import InputError
+from bandpo.lab.report import figures
+from bandpo.lab.report.page import write_report
+from bandpo.lab.report.runs import clip_label, read_run, read_runs, with_arms
+from bandpo.lab.run.records import Facts, Step
 from bandpo.loss.stats import BUCKETS
-from bandpo.train import figures
-from bandpo.train.history import clip_label, read_run, read_runs, with_arms
-from bandpo.train.report import write_report
 
 BAND = {"divergence": "kl", "delta": 0.05, "cap": 10.0}
 
@@ -187,7 +188,7 @@ def test_a_broken_file_is_said_and_not_fatal(tmp_path: Path, name: str, content:
     (folder / name).write_bytes(content)
     run = read_run(folder)
     write_report([folder], tmp_path / "r.html") if name == "run.json" else None
-    harmless = content != b"\xff{ not this" and name in ("metrics.jsonl", "recipe.yaml")
+    harmless = name == "recipe.yaml" and content != b"\xff{ not this" or name == "metrics.jsonl" and content == b""
     assert [m.split()[0] for m in run.missing] == ([] if harmless else [name])
 
 
@@ -199,7 +200,7 @@ def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
         file.write(json.dumps({"event": "step", "step": 3, "rollout": 1, "reward": math.nan, "clipped": None}) + "\n")
         file.write('{"event": "step", "st')
     run = read_run(folder)
-    assert len(run.steps) == 8 and run.missing == [] and math.isnan(run.steps[2]["reward"]), "the later record counts"
+    assert len(run.steps) == 8 and run.missing == [] and math.isnan(run.steps[2].reward), "the later record counts"
     text = page_of([folder], tmp_path / "r.html").text
     assert "This run has not ended; its status is failed: loss is NaN." in text and "→ –" in text
 
@@ -209,6 +210,48 @@ def test_a_run_json_of_other_types_is_survived(tmp_path: Path) -> None:
     keys = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({key: ["odd", 1] for key in keys}))
     assert "odd" in page_of([folder], tmp_path / "r.html").text
+
+
+def test_what_a_reader_would_not_see_is_shown_and_a_page_is_always_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "a", "band", BAND, rollouts=2)
+    sample = {"prompt": "1+1=\ud800", "answer": "\x1b[31m2", "before": "a\x00b", "after": "\u202edcba"}
+    (folder / "samples.json").write_text(json.dumps([sample]))
+    page = page_of([folder], tmp_path / "r.html").text
+    for shown in ("1+1=⟨U+D800⟩", "⟨U+001B⟩[31m2", "a⟨U+0000⟩b", "⟨U+202E⟩dcba"):
+        assert shown in page, shown
+    old = (tmp_path / "r.html").read_text("utf-8")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(InputError, match="cannot be written .No space left"):
+        write_report([folder], tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text("utf-8") == old and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_leads_out_of_the_folder_or_would_fill_the_memory_is_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", "band", BAND, rollouts=2)
+    (tmp_path / "secret").write_text("token: hunter2")
+    (folder / "recipe.yaml").unlink()
+    (folder / "recipe.yaml").symlink_to(tmp_path / "secret")
+    zeros = np.zeros(300_000_000 // 8)
+    np.savez_compressed(folder / "tokens.npz", old_logps=zeros, logps=zeros[:1], advantages=zeros[:1])
+    assert (folder / "tokens.npz").stat().st_size < 1_000_000
+    page = page_of([folder], tmp_path / "r.html").text
+    assert "hunter2" not in page and "recipe.yaml cannot be read (it is no file of this folder)" in page
+    assert "tokens.npz cannot be read (it unpacks to 300," in page
+
+
+def test_a_fall_is_called_a_fall(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", "band", BAND, rollouts=2)
+    info = json.loads((folder / "run.json").read_text())
+    for before, said in ((0.95, "Held-out accuracy went down"), (0.9084, "Held-out accuracy stayed the same")):
+        score = {**info["before"], "accuracy": before}
+        (folder / "run.json").write_text(json.dumps(info | {"before": score}))
+        assert said in page_of([folder], tmp_path / "r.html").text
 
 
 def test_an_unknown_clip_leaves_out_its_region_only(tmp_path: Path) -> None:
@@ -229,17 +272,19 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_bucket_rates_are_weighted_by_tokens(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a", rollouts=2))
-    run.steps[:] = [
+    rows = [
         {"clip/share/p0-0.01": 0.3, "clip/zero_grad_above/p0-0.01": 0.5, "clip/zero_grad_below/p0-0.01": 0.0},
         {"clip/share/p0-0.01": 0.1, "clip/zero_grad_above/p0-0.01": 0.1, "clip/zero_grad_below/p0-0.01": 0.4},
         {"clip/share/p0-0.01": 0.0, "clip/zero_grad_above/p0-0.01": 0.0, "clip/zero_grad_below/p0-0.01": 0.0},
         {"clip/share/p0-0.01": None, "clip/zero_grad_above/p0-0.01": "x"},
     ]
+    run.steps[:] = [Step(step=i, **row) for i, row in enumerate(rows)]
     assert figures.bucket_rates([run], "p0-0.01") == pytest.approx((0.4, 0.1, 0.4 / 3))
     assert all(math.isnan(x) for x in figures.bucket_rates([run], "p0.9-1"))
 
 
 def test_clip_labels() -> None:
-    assert clip_label({"clip": "band", "clip_args": {}}) == "band kl 0.05", "defaults are filled in"
-    assert clip_label({"clip": "clip-higher"}) == "clip-higher 0.2 / 0.28"
-    assert clip_label({"clip": "none", "clip_args": {}}) == "no clip" and clip_label({}) == "unknown clip"
+    assert clip_label(Facts(clip="band")) == "band kl 0.05", "defaults are filled in"
+    assert clip_label(Facts(clip="clip-higher")) == "clip-higher 0.2 / 0.28"
+    assert clip_label(Facts(clip="none")) == "no clip" and clip_label(Facts()) == "unknown clip"
+    assert clip_label(Facts(clip="gone.py:Mine", clip_args={"x": 0.5})) == "gone.py:Mine, x 0.5"

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from bandpo import cli
-from bandpo.train.callbacks import MAX_TOKENS, Recorder, TokenSampler
+from bandpo.lab.trl.callbacks import MAX_TOKENS, Recorder, TokenSampler
 
 DEMO = "train demo --json --learning_rate 3e-4 --max_steps 128 --save_steps 32 --eval_every 64"
 SHORT = "train demo --json --max_steps 32 --save_steps 16 --eval_every 0 --eval_prompts 16"
@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("runs")
     whole = start(DEMO, folder / "whole", folder / "whole.log")
     broken = folder / "broken"
-    killed = start(f"{DEMO} --resume", broken, folder / "killed.log")
+    killed = start(f"{DEMO} --requeue", broken, folder / "killed.log")
     stop_at(killed, 40, signal.SIGKILL)
     interrupted = start("train demo --json --resume", broken, folder / "interrupted.log")
     last_words = stop_at(interrupted, 72, signal.SIGINT)
@@ -116,6 +116,7 @@ def test_the_folder_holds_what_it_promises(runs: dict[str, Any]) -> None:
     AutoModelForCausalLM.from_pretrained(out / "model")
     assert AutoTokenizer.from_pretrained(out / "model")("12+3=")["input_ids"]
     assert "2603.04918" in (out / "model" / "README.md").read_text()
+    assert info["trained"]["model.safetensors"][0] == (out / "model" / "model.safetensors").stat().st_size
     samples = json.loads((out / "samples.json").read_text())
     assert set(samples[0]) == {"prompt", "answer", "before", "after", "correct_before", "correct_after"}
     assert "<html" in (out / "report.html").read_text()
@@ -196,11 +197,36 @@ def test_a_nan_stops_the_run_at_once_and_the_last_checkpoint_is_good(
     assert (out / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_stale_rollouts_are_a_key_of_the_recipe_and_a_stopped_run_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 40:
+            raise KeyboardInterrupt
+
+    words = f"{SHORT} --max_steps 64 --staleness 2"
+    code, events, stderr = train(words, tmp_path / "whole", capsys)
+    assert code == 0, stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step_begin", stop)
+        assert train(words, tmp_path / "stopped", capsys)[0] == 1
+    code, events, _ = train("train demo --json --resume", tmp_path / "stopped", capsys)
+    assert code == 0 and next(e for e in events if e["event"] == "start")["from_step"] == 32
+    whole, stopped = (tmp_path / name for name in ("whole", "stopped"))
+    assert records(whole) == records(stopped)
+    a, b = (load_file(run / "model" / "model.safetensors") for run in (whole, stopped))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    moved = [record["clip/kl_mean"] for record in records(whole) if record["step"] % 16 == 1]
+    assert abs(moved[0]) < 1e-9 < 1e-6 < min(moved[1:]), (
+        "at the first update of a rollout, its policy is already an older one"
+    )
+
+
 def test_compare_trains_the_arms_with_the_same_seed_and_one_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[int] = []
-    monkeypatch.setattr("bandpo.train.run.warm_up", _short_warm_up(made))
+    monkeypatch.setattr("bandpo.lab.trl.run.warm_up", _short_warm_up(made))
     out = tmp_path / "run"
     code, events, _ = train(f"{SHORT} --max_steps 16 --compare --warmup", out, capsys)
     assert code == 0 and made == [1]
@@ -221,7 +247,7 @@ def test_compare_trains_the_arms_with_the_same_seed_and_one_report(
 
 
 def _short_warm_up(made: list[int]) -> Callable[..., dict[str, Any]]:
-    from bandpo.train.warmup import warm_up
+    from bandpo.lab.models.warmup import warm_up
 
     def short(out: Path, *, progress: Any) -> dict[str, Any]:
         made.append(1)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,21 @@ import yaml
 
 from bandpo import InputError, cli
 from bandpo.engines._adapter import as_sums, chosen_sums
+from bandpo.lab.models import source_of
+from bandpo.lab.reading import RecipeFile, recipe_names
+from bandpo.lab.recipe import SHARED, Recipe, load
+from bandpo.lab.run.display import Display
+from bandpo.lab.run.folder import RunFolder
+from bandpo.lab.run.records import Eval
+from bandpo.lab.run.session import Session
+from bandpo.lab.trl.config import rollout_steps, to_trl
+from bandpo.lab.verl import run as verl_run
+from bandpo.lab.verl.collect import Collector, OtherLossError, evaluation, step_record
+from bandpo.lab.verl.config import Place, literal, ours, schedule, to_verl
+from bandpo.lab.verl.data import model_config, write_data
+from bandpo.lab.verl.failure import explain
+from bandpo.lab.verl.reward import compute_score
 from bandpo.loss.stats import BRIEF, BUCKETS, FIELDS, ClipStats
-from bandpo.train.display import Display
-from bandpo.train.folder import RunFolder
-from bandpo.train.recipe import RecipeFile, load_recipe, read_recipe, recipe_names, rollout_steps
-from bandpo.verl import run as verl_run
-from bandpo.verl.collect import Collector, OtherLossError, evaluation, step_record
-from bandpo.verl.data import make_task, model_config, model_source, write_data
-from bandpo.verl.failure import explain
-from bandpo.verl.recipe import VerlRecipe, check_recipe, schedule
-from bandpo.verl.reward import compute_score
-from bandpo.verl.translate import Place, literal, overrides
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 LEAST = {
@@ -41,15 +46,22 @@ LEAST = {
 }
 
 
-def made(tmp_path: Path, *words: str, **keys: Any) -> VerlRecipe:
+def check_recipe(source: str | RecipeFile, words: Sequence[str] = ()) -> Recipe:
+    """A recipe that verl has counterparts for."""
+    recipe = load(source, words, backend="verl")
+    schedule(recipe)
+    return recipe
+
+
+def made(tmp_path: Path, *words: str, **keys: Any) -> Recipe:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({**LEAST, **keys}))
-    return check_recipe(read_recipe(str(path)), words)
+    return check_recipe(str(path), words)
 
 
-def lines(recipe: VerlRecipe, **place: Any) -> dict[str, str]:
+def lines(recipe: Recipe, **place: Any) -> dict[str, str]:
     at = {"out": Path("/o"), "model": "/m", "plain": True, "log": Path("/o/log"), "model_config": {}, **place}
-    words = overrides(recipe, Place(**at))
+    words = to_verl(recipe, Place(**at))
     found = dict(word.split("=", 1) for word in words)
     assert len(found) == len(words), "a key stands once"
     return found
@@ -57,7 +69,7 @@ def lines(recipe: VerlRecipe, **place: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_that_ships_means_the_same_to_trl_and_to_verl(name: str) -> None:
-    trl, recipe = load_recipe(name).config("there"), check_recipe(read_recipe(name))
+    trl, recipe = to_trl(load(name), "there"), check_recipe(name)
     plan, found = schedule(recipe), lines(recipe)
     assert plan.updates == rollout_steps(trl) and plan.rollouts * plan.updates == trl.max_steps
     completions = trl.per_device_train_batch_size * trl.steps_per_generation * plan.workers
@@ -74,10 +86,39 @@ def test_a_recipe_that_ships_means_the_same_to_trl_and_to_verl(name: str) -> Non
     assert found[f"{ACTOR}.policy_loss._target_"] == "bandpo.engines.verl.BandLossConfig"
     assert found[f"+{ACTOR}.policy_loss.clip_args"] == "{divergence:kl,delta:0.05,cap:10.0}"
     # What `bandpo train` leaves as recipe.yaml, with all that it has filled in, is a recipe for verl as well.
-    again = check_recipe(RecipeFile(name, yaml.safe_load(load_recipe(name).dump())))
-    assert again.values == {**check_recipe(read_recipe(name)).values, **again.values}
-    given = lines(again)
-    assert {key: given[key] for key in found} == found
+    again = check_recipe(RecipeFile(name, yaml.safe_load(load(name).dump())))
+    assert again.values == check_recipe(name).values and lines(again) == found
+
+
+@pytest.mark.parametrize("key", sorted(SHARED - {"trl", "verl", "task", "model", "staleness", "eval_prompts"}))
+def test_every_shared_key_changes_what_verl_is_told(key: str, tmp_path: Path) -> None:
+    """None is taken and then forgotten. The values differ from what the recipe has and from verl's defaults.
+
+    staleness is refused, and eval_prompts is the length of val.parquet: other tests.
+    """
+    values: dict[str, Any] = {
+        "task_args": {"digits": 2}, "clip": "fixed", "clip_args": {"delta": 0.2}, "clip_metrics": "none",
+        "lr_scheduler_type": "cosine", "loss_type": "grpo", "scale_rewards": "none", "report_to": ["wandb"],
+        "run_name": "x", "lora_target_modules": ["q"], "top_p": 0.5, "vllm_gpu_memory_utilization": 0.3,
+        "adam_beta1": 0.8, "adam_beta2": 0.8, "max_steps": 8, "save_steps": 2, "eval_every": 2, "bf16": False,
+        "num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 2, "threads": 3,
+        "per_device_eval_batch_size": 16, "num_generations": 8, "reward_funcs": ["accuracy_reward"],
+        "reward_weights": [2],
+    }  # fmt: skip
+    beside = {"adam_beta1": 0.7, "adam_beta2": 0.7, "use_peft": True, "lora_r": 4, "lora_alpha": 4, "seed": 1}
+    beside |= {"trust_remote_code": False, "gradient_checkpointing": False}
+    true = ("use_cpu", "trust_remote_code", "activation_checkpointing", "gradient_checkpointing")
+    value = values.get(key, True if key in true else False if key == "use_peft" else 16)
+    if key == "use_vllm":  # says what verl does anyway; without it there has to be a CPU
+        with pytest.raises(InputError, match="verl generates with an engine"):
+            made(tmp_path, **beside, use_vllm=False)
+        return
+    before, after = made(tmp_path, **beside), made(tmp_path, **beside | {key: value})
+    at = {"out": Path("/o"), "model": "/m", "plain": True, "log": Path("/o/log"), "model_config": {}}
+    if key == "threads":
+        assert verl_run.environment(after, Place(**at)) != verl_run.environment(before, Place(**at))
+    else:
+        assert set(to_verl(before, Place(**at))) != set(to_verl(after, Place(**at)))
 
 
 def test_what_a_recipe_leaves_out_is_trls_default_and_said_once(tmp_path: Path) -> None:
@@ -88,12 +129,12 @@ def test_what_a_recipe_leaves_out_is_trls_default_and_said_once(tmp_path: Path) 
     recipe = made(tmp_path)
     found = lines(recipe)
     assert f"{ACTOR}.loss_agg_mode" not in found and found[f"+{ACTOR}.policy_loss.clip"] == "band"
-    assert verl_run._facts(recipe, "")["clip"] == recipe.values["clip"] == "band"
+    assert recipe.values["clip"] == "band"
 
 
 def test_only_the_verl_demo_is_for_verl_alone(tmp_path: Path) -> None:
-    recipe = check_recipe(read_recipe("verl-demo"))
-    assert recipe.ours["workers"] == 2 and recipe.get("use_cpu") is True
+    recipe = check_recipe("verl-demo")
+    assert ours(recipe)["workers"] == 2 and recipe.use_cpu is True
     found = lines(recipe)
     assert found[f"{ROLLOUT}.name"] == "transformers_cpu" and found["+ray_kwargs.ray_init.num_gpus"] == "2"
     gpu = lines(made(tmp_path, verl={"workers": 8, "nodes": 2}, per_device_eval_batch_size=8))
@@ -165,6 +206,7 @@ REFUSED = {
     "--min_p 0.1": "has no counterpart in verl",
     "--loss_type cispo": "verl has dapo, grpo, dr_grpo",
     "--lr_scheduler_type linear": "verl has constant",
+    "--trl.min_p 0.1 --min_p 0.1": "or put TRL's under 'trl:', which verl does not read",
     "--scale_rewards batch": "scale_rewards='batch'",
     "--epsilon 0.1": "clip: fixed",
     "--delta 3": "clip_args.delta; verl caps ratios with a dual clip",
@@ -175,18 +217,23 @@ REFUSED = {
     "--clip_metrics fulll": "(did you mean 'full'?)",
     f"+{ACTOR}.policy_loss.clip_metrics=full": "clip_metrics sets it",
     "--task additoin": "(did you mean 'addition'?)",
-    "--max_steps 3.5": "takes int",
+    "--max_steps 3.5": "--max_steps=3.5: must be a whole number",
     "--max_steps": "needs a value",
-    "--max_steps.x 3": "not a mapping",
+    "--max_steps.x 3": "max_steps takes one value, not a mapping",
     "--max_steps 5 --steps_per_generation 4": "each of 4 optimiser steps; give 4 or 8",
     "--num_generations 3": "must be a multiple of num_generations=3",
     "--steps_per_generation 3 --gradient_accumulation_steps 2": "must be a multiple of gradient_accumulation_steps",
     "--eval_prompts 0": "eval_prompts=0",
     "--learning_rate 0": "learning_rate",
     "--use_cpu --bf16 true": "bf16=True with use_cpu",
-    "--disable_tqdm false": "disable_tqdm=False",
-    "--logging_steps 3": "verl logs once a rollout",
+    "--disable_tqdm false": "--disable_tqdm: has no counterpart in verl",
+    "--logging_steps 3": "--logging_steps: has no counterpart in verl",
+    "--verl.ray_address 3": "verl.ray_address=3: must be text",
+    "--verl.overrides x": "must be a list of words",
+    "--hf_token=x": "is a secret",
+    "+a.b={WANDB_API_KEY:x}": "WANDB_API_KEY is a secret",
     "--verl.workers 0": "verl.workers=0",
+    "--staleness 1": "--staleness=1: bandpo verl trains each rollout when it is made; leave it out",
     "--use_peft": "lora_r is missing",
     "--adam_beta1 0.9": "give both",
     "--warmup_steps 3 --steps_per_generation 2": "must be a multiple of a rollout's 2 steps",
@@ -213,7 +260,7 @@ def test_a_key_whose_defaults_differ_must_be_given(key: str, tmp_path: Path) -> 
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in LEAST.items() if k != key}))
     with pytest.raises(InputError, match=f"{key} is missing"):
-        check_recipe(read_recipe(str(path)))
+        check_recipe(str(path))
 
 
 def test_values_in_hydras_grammar() -> None:
@@ -250,9 +297,9 @@ def test_print_needs_no_verl_writes_nothing_and_a_shell_reads_it(
         "python -m verl.trainer.main_ppo", f"{sys.executable} -c 'import sys,json;print(json.dumps(sys.argv[1:]))'"
     )
     words = json.loads(subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=True).stdout)
-    recipe = check_recipe(read_recipe("verl-demo"))
+    recipe = check_recipe("verl-demo")
     place = verl_run.make_place(recipe, tmp_path / "a b", plain=True, make=False)
-    assert words == overrides(recipe, place) and "VERL_USE_EXTERNAL_MODULES=bandpo.engines.verl_cpu" in printed
+    assert words == to_verl(recipe, place) and "VERL_USE_EXTERNAL_MODULES=bandpo.engines.verl_cpu" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,14 +315,15 @@ def test_prepare_writes_what_the_printed_line_needs(tmp_path: Path, capsys: pyte
 def test_data_and_reward_go_round(tmp_path: Path) -> None:
     from datasets import Dataset
 
-    recipe = check_recipe(read_recipe("verl-demo"), ["--task_args.digits", "2", "--eval_prompts", "6"])
-    task, plain = make_task(recipe)
+    recipe = check_recipe("verl-demo", ["--task_args.digits", "2", "--eval_prompts", "6"])
+    task = recipe.make_task()
+    plain = isinstance(task.eval_dataset(1)[0]["prompt"], str)
     write_data(task, tmp_path, seed=0, eval_prompts=6)
     rows = {split: list(Dataset.from_parquet(str(tmp_path / f"{split}.parquet"))) for split in ("train", "val")}
     assert plain and len(rows["val"]) == 6 and len(rows["train"]) == 8192
     questions = {split: {row["extra_info"]["question"] for row in part} for split, part in rows.items()}
     assert not questions["train"] & questions["val"], "held out"
-    given = {"task": "addition", "task_args": '{"digits": 2}', "seed": 0, "eval_prompts": 6}
+    given = {"task": "addition", "task_args": '{"digits": 2}'}
     for row in rows["val"]:
         a, b = map(int, row["prompt"][0]["content"].rstrip("=").split("+"))
         right = row["reward_model"]["ground_truth"]
@@ -288,33 +336,35 @@ def test_data_and_reward_go_round(tmp_path: Path) -> None:
 
 
 def test_a_scorer_that_needs_the_whole_problem_gets_it(tmp_path: Path) -> None:
-    """Such a scorer goes by a problem's metadata, which the parquet does not hold."""
+    """Such a scorer goes by a problem's metadata; the parquet holds where that comes from."""
+    from datasets import Dataset
+
     recipe = made(tmp_path, task="reasoning-gym:countdown", task_args={"train_size": 4}, eval_prompts=3)
-    task, plain = make_task(recipe)
-    given = {"task": "reasoning-gym:countdown", "task_args": '{"train_size": 4}', "seed": 0, "eval_prompts": 3}
-    assert not plain
-    for row in task.eval_dataset(3):
-        entry = task._entries[row["question"]]
-        answer = f"<answer>{entry['metadata']['expression']}</answer>"
-        for text, reward in ((answer, 1.0), ("<answer>1</answer>", 0.0)):
-            found = compute_score("countdown", text, row["answer"], {"question": row["question"]}, **given)
-            assert found["score"] == reward
+    task = recipe.make_task()
+    write_data(task, tmp_path, seed=0, eval_prompts=3)
+    given = {"task": "reasoning-gym:countdown", "task_args": '{"train_size": 4}'}
+    rows = Dataset.from_parquet(str(tmp_path / "val.parquet"))
+    for row, told in zip(task.eval_dataset(3), rows, strict=True):
+        assert told["prompt"] == row["prompt"]
+        for text, reward in ((task.gold(row), 1.0), ("<answer>1</answer>", 0.0)):
+            right = told["reward_model"]["ground_truth"]
+            assert compute_score("countdown", text, right, told["extra_info"], **given)["score"] == reward
 
 
 def test_a_grader_with_an_alarm_works_in_a_thread(tmp_path: Path) -> None:
     """verl calls the reward from threads, where math-verify's time limit cannot be set."""
-    given = {"task": "chain_sum", "task_args": '{"train_size": 4}', "seed": 0, "eval_prompts": 2}
+    given = {"task": "chain_sum", "task_args": '{"train_size": 4}'}
     with ThreadPoolExecutor(2) as threads:
         jobs = [threads.submit(compute_score, "chain_sum", text, "7", {}, **given) for text in ("it is 7.", "8")]
         assert [job.result()["score"] for job in jobs] == [1.0, 0.0]
 
 
 def test_the_models_configuration_gets_what_verl_misses(tmp_path: Path) -> None:
-    source = model_source("bandpo/tiny-addition", make=False)
+    source = source_of("bandpo/tiny-addition", make=False)
     assert model_config(source) == {"architectures": ["GPT2ForCausalLM"], "num_key_value_heads": 4}
-    assert model_config("Qwen/Qwen2.5-7B") == {} and model_source("Qwen/Qwen2.5-7B", make=False) == "Qwen/Qwen2.5-7B"
+    assert model_config("Qwen/Qwen2.5-7B") == {} and source_of("Qwen/Qwen2.5-7B", make=False) == "Qwen/Qwen2.5-7B"
     (tmp_path / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}')
-    assert model_config(model_source(str(tmp_path), make=False)) == {}
+    assert model_config(source_of(str(tmp_path), make=False)) == {}
     (tmp_path / "config.json").unlink()
     with pytest.raises(InputError, match="holds no model"):
         model_config(str(tmp_path))
@@ -333,9 +383,7 @@ def test_what_is_not_installed_is_said_at_once(
     installed(monkeypatch)
     assert cli.main(["verl", "verl-demo", "--out", str(tmp_path / "r")]) == 2
     out, said = capsys.readouterr()
-    assert (
-        'pip install "bandpo[verl]"' in said and said.count("\n") == 1 and out == "" and not (tmp_path / "r").exists()
-    )
+    assert 'pip install ".[verl]"' in said and said.count("\n") == 1 and out == "" and not (tmp_path / "r").exists()
     cpu, gpu = made(tmp_path, use_cpu=True), made(tmp_path, verl={"workers": 64})
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     installed(monkeypatch, verl="0.8.1")
@@ -424,57 +472,59 @@ class Seen(Display):
 
 
 def collector(tmp_path: Path, start: int = 0) -> Collector:
-    plan = schedule(made(tmp_path, max_steps=8, steps_per_generation=2, eval_prompts=2, eval_samples=2))
-    folder = RunFolder(tmp_path / "run")
-    folder.create("task: addition", clip="band", clip_args={}, status="running", engine="verl", workers=1)
-    return Collector(folder, plan, Seen(), log=tmp_path / "log.jsonl", start=start, samples=4)
+    recipe = made(tmp_path, max_steps=8, steps_per_generation=2, eval_prompts=2, eval_samples=2)
+    session = Session(recipe, RunFolder(tmp_path / "run"), Seen(), "verl", "bandpo verl mine.yaml")
+    session.begin(seed=0, workers=1)
+    return Collector(session, schedule(recipe), log=tmp_path / "log.jsonl", start=start)
 
 
 def test_verls_log_becomes_the_records_of_a_run(tmp_path: Path) -> None:
     found = collector(tmp_path)
     found.poll()
     log = found.log.open("w")
-    samples_file(found.folder.path, 0, [[1, 0], [0, 0]])
+    folder = found.session.folder
+    samples_file(folder.path, 0, [[1, 0], [0, 0]])
     log.write(json.dumps({"step": 0, "data": {"val-core/addition/acc/mean@2": 0.25}}) + "\n" + step_line(1)[:40])
     log.flush()
     found.poll()
-    assert found.folder.metrics() == [] and found.folder.info()["before"]["accuracy"] == 0.25, "half a line waits"
+    assert folder.records() == [] and folder.facts.before.accuracy == 0.25, "half a line waits"
     log.write(step_line(1)[40:] + step_line(2, val=True))
     log.flush()
     found.poll()
-    assert [r["step"] for r in found.folder.metrics()] == [2, 4], "two optimiser steps a rollout"
-    samples_file(found.folder.path, 2, [[1, 1], [0, 1]])
+    assert [r.step for r in folder.records()] == [2, 4], "two optimiser steps a rollout"
+    samples_file(folder.path, 2, [[1, 1], [0, 1]])
     found.poll()
     log.write(step_line(3) + step_line(4, val=True))
     log.close()
-    samples_file(found.folder.path, 4, [[1, 1], [1, 1]])
+    samples_file(folder.path, 4, [[1, 1], [1, 1]])
     found.poll(last=True)
-    records = found.folder.metrics()
-    evals = [r for r in records if r["event"] == "eval"]
-    assert [(r["step"], r["accuracy"]) for r in evals] == [(4, 0.75)] and evals[0]["low"] < 0.75 < evals[0]["high"]
+    records = folder.records()
+    evals = [r for r in records if isinstance(r, Eval)]
+    assert [(r.step, r.accuracy) for r in evals] == [(4, 0.75)] and evals[0].low < 0.75 < evals[0].high
     last = records[-1]
-    assert (last["step"], last["rollout"], last["seconds"], last["reward"], last["entropy"]) == (8, 4, 8.0, 0.4, 0.5)
-    assert last["clipped"] == last["clip/zero_grad_above"] == pytest.approx(0.1)
-    assert last["clip/zero_grad_above/p0-0.01"] == last["clip/zero_grad/pos/p0-0.01"] == pytest.approx(0.4)
-    assert last["clip/share/p0.5-0.9"] == 0.75 and last["clip/share/p0.1-0.5"] == last["clip/zero_grad/neg"] == 0.0
-    assert found.folder.info()["after"]["accuracy"] == 1.0
-    shown = [event for event in found.display.events if event["event"] == "step"]
+    assert (last.step, last.rollout, last.seconds, last.reward, last.entropy) == (8, 4, 8.0, 0.4, 0.5)
+    number = last.number
+    assert last.clipped == number("clip/zero_grad_above") == pytest.approx(0.1)
+    assert number("clip/zero_grad_above/p0-0.01") == number("clip/zero_grad/pos/p0-0.01") == pytest.approx(0.4)
+    assert number("clip/share/p0.5-0.9") == 0.75 and number("clip/share/p0.1-0.5") == number("clip/zero_grad/neg") == 0
+    assert folder.facts.after.accuracy == 1.0
+    shown = [event for event in found.session.display.events if event["event"] == "step"]
     assert [event["left"] for event in shown] == [6.0, 4.0, 2.0, 0.0] and shown[0]["steps"] == 8
-    assert found.samples_before_and_after()[0] == {
+    assert found.samples_before_and_after()[0].model_dump() == {
         "prompt": "0+1=", "answer": "2", "before": "0", "correct_before": True, "after": "4", "correct_after": True,
     }  # fmt: skip
 
 
 def test_a_run_of_verl_has_a_report(tmp_path: Path) -> None:
-    from bandpo.train.report import write_report
+    from bandpo.lab.report.page import write_report
 
     found = collector(tmp_path)
     found.log.write_text("".join(step_line(i) for i in range(1, 5)))
     for rollout, right in ((0, [[0, 0], [0, 1]]), (4, [[1, 1], [1, 1]])):
-        samples_file(found.folder.path, rollout, right)
+        samples_file(found.session.folder.path, rollout, right)
         found._evaluation(rollout)
     found.poll(last=True)
-    page = write_report([found.folder.path], tmp_path / "r.html").read_text("utf-8")
+    page = write_report([found.session.folder.path], tmp_path / "r.html").read_text("utf-8")
     for text in (
         "verl, 1 workers",
         "25.0 %",
@@ -499,14 +549,14 @@ def test_verls_own_loss_and_one_without_metrics_are_not_taken_for_another(tmp_pa
     found.measured = False
     found.log.write_text(step_line(1, ours=False))
     found.poll()
-    (record,) = found.folder.metrics()
-    assert record["actor/pg_clipfrac"] == 0.2 and not any(key.startswith("clip") for key in record)
+    (record,) = found.session.folder.records()
+    assert record.number("actor/pg_clipfrac") == 0.2 and not any(key.startswith("clip") for key in record.as_dict())
 
 
 def test_a_failed_request_leaves_its_prompt_out() -> None:
     rows = [{"uid": f"a-{i}_{k}_0", "acc": float(i == 0)} for i in range(3) for k in range(2)][:-1]
     found = evaluation(rows)
-    assert (found["accuracy"], found["n"]) == (0.5, 4)
+    assert (found.accuracy, found.n) == (0.5, 4)
 
 
 def test_metrics_that_are_no_numbers_are_left_out() -> None:
@@ -525,14 +575,27 @@ def test_brief_sums_are_the_same_shares_without_buckets() -> None:
 
 
 def test_a_checkpoint_counts_when_it_is_whole_and_something_is_left_to_do(tmp_path: Path) -> None:
-    for step, files in {2: "da", 4: "da", 6: "d", 7: "a", 8: "da"}.items():
-        (tmp_path / f"global_step_{step}" / "actor").mkdir(parents=True)
+    found = collector(tmp_path)
+    folder, session = found.session.folder.checkpoints, found.session
+    for step, files in {1: "da", 2: "da", 3: "d", 4: "da"}.items():
+        (folder / f"global_step_{step}" / "actor").mkdir(parents=True)
         for key, name in (("d", "data.pt"), ("a", "actor/fsdp_config.json")):
             if key in files:
-                (tmp_path / f"global_step_{step}" / name).touch()
-    assert verl_run.last_checkpoint(tmp_path, 8) == (tmp_path / "global_step_4", 4)
-    assert verl_run.last_checkpoint(tmp_path, 9) == (tmp_path / "global_step_8", 8)
-    assert verl_run.last_checkpoint(tmp_path / "none", 9) == (None, 0)
+                (folder / f"global_step_{step}" / name).touch()
+    assert verl_run.last_checkpoint(session).number == 2, "the last of four rollouts leaves nothing to do"
+    longer = Session(
+        load(RecipeFile("x", session.recipe.values), ["--max_steps", "10"]), *[session.folder, Seen(), "verl", ""]
+    )
+    assert verl_run.last_checkpoint(longer).number == 4
+    # Sealed by whoever follows verl, once verl says that it is written.
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    found.poll()
+    assert (folder / "global_step_2" / "bandpo.json").exists() and not (
+        folder / "global_step_1" / "bandpo.json"
+    ).exists()
+    (folder / "global_step_2" / "data.pt").write_text("cut or grown")
+    kept = verl_run.last_checkpoint(session)
+    assert kept.number == 1 and list(kept.unusable.values()) == ["data.pt is damaged"]
 
 
 LOGS = {
@@ -591,9 +654,8 @@ def test_a_run_that_verl_gives_up_says_why_and_how_to_go_on(
     out, said = capsys.readouterr()
     assert "exit code 3: ValueError: out of luck" in said and "start again with another --out" in said
     info = json.loads(Path("r/run.json").read_text())
-    assert (
-        info["status"] == "failed" and "out of luck" in info["error"] and RunFolder(Path("r")).metrics()[0]["step"] == 8
-    )
+    assert info["status"] == "failed" and "out of luck" in info["error"]
+    assert [record.step for record in RunFolder(Path("r")).records()] == [8]
     whole = Path("r/checkpoints/global_step_1/actor")
     whole.mkdir(parents=True)
     for file in (whole / "fsdp_config.json", whole.parent / "data.pt"):
@@ -630,7 +692,7 @@ def test_a_schedulers_end_of_the_job_ends_verl_as_well(tmp_path: Path) -> None:
     )
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "go.py")], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     waiting = tmp_path / "r" / "verl" / "metrics-1.jsonl.pid"
     deadline = time.monotonic() + 300

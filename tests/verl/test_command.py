@@ -19,12 +19,12 @@ from verl_support import PATIENCE
 
 from bandpo import Band, Fixed, Sides, get_clip
 from bandpo.engines.verl import BandLossConfig, clip_of
+from bandpo.lab.reading import RecipeFile, read_recipe, read_yaml
+from bandpo.lab.recipe import load
+from bandpo.lab.verl.config import ACTOR, LOSSES, OWNED, REPLACED, literal, own, to_verl
+from bandpo.lab.verl.failure import known_keys
+from bandpo.lab.verl.run import check_engine, check_keys, make_place
 from bandpo.loss.stats import BUCKETS
-from bandpo.train.recipe import RecipeFile, read_recipe, read_yaml
-from bandpo.verl.failure import known_keys
-from bandpo.verl.recipe import ACTOR, OWNED, REPLACED, check_recipe
-from bandpo.verl.run import check_engine, check_keys, make_place
-from bandpo.verl.translate import LOSSES, literal, overrides
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "verl.md").read_text("utf-8")
@@ -54,10 +54,10 @@ def test_hydra_reads_what_was_meant(value: object) -> None:
 
 
 def test_verl_takes_every_word_and_checks_them(tmp_path: Path) -> None:
-    recipe = check_recipe(read_recipe("verl-demo"), ["--beta", "0.01", "--num_iterations", "2"])
+    recipe = load("verl-demo", ["--beta", "0.01", "--num_iterations", "2"], backend="verl")
     check_engine(recipe)
     place = make_place(recipe, tmp_path, plain=True, make=False)
-    config = composed(overrides(recipe, place))
+    config = composed(to_verl(recipe, place))
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     assert dict(actor.policy_loss.clip_args) == {"divergence": "kl", "delta": 0.05, "cap": 10.0}
     assert config.actor_rollout_ref.model.custom_chat_template.count("{{") == 1 and rollout.n == 16
@@ -79,9 +79,9 @@ def test_recipes_of_other_clips_reach_the_loss(tmp_path: Path) -> None:
         ({"clip": f"{tmp_path}/mine.py:Half", "clip_args": {}}, None),
         ({"clip": "host", "clip_args": {}, "verl": {f"{ACTOR}.clip_ratio_high": 0.28}}, None),
     ):
-        recipe = check_recipe(RecipeFile("mine", read_recipe("verl-demo").keys | keys))
+        recipe = load(RecipeFile("mine", read_recipe("verl-demo").keys | keys), backend="verl")
         actor = omega_conf_to_dataclass(
-            composed(overrides(recipe, make_place(recipe, tmp_path, plain=True, make=False))).actor_rollout_ref.actor
+            composed(to_verl(recipe, make_place(recipe, tmp_path, plain=True, make=False))).actor_rollout_ref.actor
         )
         loss = actor.policy_loss
         assert loss.clip == keys["clip"] and (want is None or loss.made == want)
@@ -92,16 +92,16 @@ def test_recipes_of_other_clips_reach_the_loss(tmp_path: Path) -> None:
 def test_a_recipe_without_loss_type_and_clip_gets_the_defaults_of_both(tmp_path: Path) -> None:
     file = read_recipe("verl-demo")
     keys = {key: value for key, value in file.keys.items() if key not in ("loss_type", "clip", "clip_args")}
-    recipe = check_recipe(RecipeFile("bare", keys))
-    config = composed(overrides(recipe, make_place(recipe, tmp_path, plain=True, make=False)))
+    recipe = load(RecipeFile("bare", keys), backend="verl")
+    config = composed(to_verl(recipe, make_place(recipe, tmp_path, plain=True, make=False)))
     assert config.actor_rollout_ref.actor.loss_agg_mode == LOSSES["dapo"]
     assert omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).made == Band()
 
 
 def test_verl_takes_the_example_with_a_critic(tmp_path: Path) -> None:
-    recipe = check_recipe(read_recipe(str(ROOT / "examples" / "rlhf_verl.yaml")))
+    recipe = load(str(ROOT / "examples" / "rlhf_verl.yaml"), backend="verl")
     check_engine(recipe)
-    config = composed(overrides(recipe, make_place(recipe, tmp_path, plain=True, make=False)))
+    config = composed(to_verl(recipe, make_place(recipe, tmp_path, plain=True, make=False)))
     assert config.algorithm.adv_estimator == "gae" and config.critic.strategy == config.critic.fsdp.strategy == "fsdp2"
     assert config.critic.model.path == config.actor_rollout_ref.model.path
     assert omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss).made == Band("kl", 0.05)
@@ -120,10 +120,10 @@ def test_the_pages_settings_are_keys_that_verl_has(tmp_path: Path) -> None:
     blocks = [text for text in re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.M | re.S) if "kind: RayJob" not in text]
     assert len(blocks) == 2
     for text in blocks:
-        recipe = check_recipe(RecipeFile("page", read_recipe("demo").keys | read_yaml(text, "page")))
+        recipe = load(RecipeFile("page", read_recipe("demo").keys | read_yaml(text, "page")), backend="verl")
         place = make_place(recipe, tmp_path, plain=True, make=False)
-        check_keys([key for key, _ in recipe.own])
-        assert composed(overrides(recipe, place)).actor_rollout_ref.actor.use_dynamic_bsz is True
+        check_keys([key for key, _ in own(recipe)])
+        assert composed(to_verl(recipe, place)).actor_rollout_ref.actor.use_dynamic_bsz is True
 
 
 def test_the_keys_that_are_the_recipes_own_exist() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from verl_support import PATIENCE, Run, make_world
 
-from bandpo.verl.failure import explain
+from bandpo.lab.verl.failure import explain
 
 IN_USE = r"\(WorkerDict pid=(\d+)\).{0,10} bandpo: policy loss 'bandpo' in use in this worker: (.*), dual_clip=None"
 ACTOR = "actor_rollout_ref.actor"

@@ -6,22 +6,28 @@ Exit codes: 0 done, 2 the user's input was wrong (one line on stderr), 1 anythin
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import bandpo
 from bandpo._input import InputError
-from bandpo.cli import bounds, doctor, report
+from bandpo.cli import bandit, bounds, clips, doctor, eval, explain, match, report, study, train, verl
 from bandpo.cli._parser import Parser, refuse
-from bandpo.train.command import add_parser as add_train
-from bandpo.verl.command import add_parser as add_verl
+from bandpo.lab.page import visible
 
 # in the order of `bandpo --help`
 COMMANDS: dict[str, Callable[[Any], object]] = {
+    "explain": explain.add_parser,
     "bounds": bounds.add_parser,
-    "train": add_train,
-    "verl": add_verl,
+    "clips": clips.add_parser,
+    "match": match.add_parser,
+    "bandit": bandit.add_parser,
+    "train": train.add_parser,
+    "verl": verl.add_parser,
+    "eval": eval.add_parser,
+    "study": study.add_parser,
     "report": report.add_parser,
     "doctor": doctor.add_parser,
 }
@@ -38,10 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parse(list(sys.argv[1:] if argv is None else argv))
-        return int(args.handler(args) or 0)
+        code = int(args.handler(args) or 0)
+        sys.stdout.flush()
+        return code
     except InputError as error:
-        print(f"bandpo: {error}", file=sys.stderr)
+        print(f"bandpo: {visible(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read the output has gone; Python must not write to it again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("bandpo: interrupted", file=sys.stderr)
         return 1

@@ -23,9 +23,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "explain",
         help="say what a clip does to logged tokens",
-        description="Read a log of tokens and say what the clip in use does to them: whether it is idle, what it takes\n"
-        "and from which tokens, which other clip would take as much, how far the rollout engine is from the\n"
-        "trainer, where the entropy goes, and what to make of it.",
+        description="Read a log of tokens and say what the clip in use does to them: whether it is idle, what it\n"
+        "takes and from which tokens, which other clip would take as much, how far the rollout engine is from\n"
+        "the trainer, where the entropy goes, and what to make of it.",
         epilog="examples:\n  bandpo explain example --clip clip_higher\n"
         "  bandpo explain tokens.npz --clip band --clip_args.delta 0.02 --html tokens.html",
     )
@@ -64,7 +64,7 @@ def _explain(args: argparse.Namespace) -> None:
     if args.html:
         from bandpo.lab.explain_page import write_page
 
-        result["html"] = str(write_page(found, str(args.file), args.html))
+        result["html"] = str(write_page(found, str(args.file), args.html, _command(args, given)))
     print(json.dumps(result) if args.json else "\n\n".join([_found(args, log), str(found), *_drawn(result)]))
 
 
@@ -72,6 +72,14 @@ def _found(args: argparse.Namespace, log: TokenLog) -> str:
     fields = ", ".join(ours if ours == name else f"{ours} ({name})" for ours, name in log.fields.items())
     assumed = "" if args.clip or log.clip else "; the clip is PPO's 0.2 / 0.2, name yours with --clip"
     return f"{args.file}: {fields}{assumed}"
+
+
+def _command(args: argparse.Namespace, given: dict[str, Any]) -> list[str]:
+    words = ["explain", args.file, *(["--clip", args.clip] if args.clip else [])]
+    words += ["--clip_args", json.dumps(given)] if args.clip and given else []
+    words += [] if args.anchor == "old" else ["--anchor", args.anchor]
+    words += ["--batch", str(args.batch)] if args.batch else []
+    return [*words, "--html", str(args.html)]
 
 
 def _drawn(result: dict[str, Any]) -> list[str]:

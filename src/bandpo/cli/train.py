@@ -1,0 +1,58 @@
+"""`bandpo train`: train a language model by a recipe. Nothing heavy is imported before the first line is shown."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bandpo.cli import _run
+
+SMOKE = ["--max_steps=2", "--eval_prompts=4", "--eval_samples=1", "--eval_every=0"]
+EPILOG = """\
+A recipe is a YAML file; its keys have the names of TRL's GRPOConfig, and beside them there are
+
+  task, task_args       what is asked, and how an answer is graded
+  model                 what is trained: bandpo/tiny-addition, smollm2-135m-instruct, a folder, a Hub name
+  clip, clip_args       any clip (band, fixed, clip_higher, none, sapo, ...), and its arguments
+  eval_prompts, eval_samples, eval_every
+                        held-out evaluation: prompts, completions of each, optimiser steps between two (0: only
+                        before and after)
+  threads               CPU threads of PyTorch (0: its own choice)
+  use_peft, lora_r, ... TRL's LoRA fields
+  trl, verl             what is one backend's alone: trl.min_p, verl.workers
+
+Every key can be given on the command line; it wins over the recipe. A GPU is taken where there is one, unless the
+recipe says use_cpu, as demo does: its model is too small to gain from one. With several GPUs or machines:
+torchrun --nproc_per_node N -m bandpo train ...
+
+examples:
+  bandpo train demo
+  bandpo train demo --learning_rate 5e-4 --clip_args.delta 0.02 --out runs/narrower --compare
+  bandpo train demo --clip fixed --clip_args.eps_high 0.28 --out runs/fixed
+  bandpo train runs/narrower/recipe.yaml --seed 1 --out runs/seed1
+  bandpo train demo --out runs/narrower --resume
+  bandpo train demo --out runs/fixed --resume --max_steps 2560
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a language model by a recipe",
+        description="Train a language model by a recipe: evaluate on held-out problems, train by reinforcement\n"
+        "learning with TRL, evaluate again, write a report.",
+        usage="bandpo train RECIPE [--key value ...] [options]",
+        epilog=EPILOG,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="demo, smollm2, or a YAML file")
+    parser.add_argument("--compare", action="store_true", help="train without a clip and with the fixed one as well")
+    parser.add_argument("--warmup", action="store_true", help="make the tiny model's warm-up checkpoint first")
+    parser.add_argument("--smoke", action="store_true", help="two optimiser steps: does everything fit together?")
+    _run.add_run_options(parser, _train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    words = [*(SMOKE if args.smoke else []), *args.overrides]
+    suffix = "-smoke" if args.smoke else ""
+    return _run.run(args, "trl", words, flags=("compare", "warmup", "smoke"), suffix=suffix)

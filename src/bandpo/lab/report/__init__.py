@@ -1,0 +1,1 @@
+"""The report: what runs left in their folders, as one page."""

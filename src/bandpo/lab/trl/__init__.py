@@ -1,0 +1,1 @@
+"""TRL as a backend of the lab: a recipe as its configuration, and its training as a run."""

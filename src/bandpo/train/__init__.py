@@ -1,1 +1,0 @@
-"""What `bandpo train` runs: recipes, tasks, models, evaluation and the report (extra: bandpo[train])."""
