@@ -6,7 +6,10 @@ from bandpo.analysis.audit import Audit as Audit
 from bandpo.analysis.audit import audit as audit
 from bandpo.analysis.audit import top_k_divergence as top_k_divergence
 from bandpo.analysis.audit import whole_divergence as whole_divergence
+from bandpo.analysis.explain import explain as explain
+from bandpo.analysis.explanation import Explanation as Explanation
 from bandpo.analysis.match import match_delta as match_delta
+from bandpo.analysis.monitor import Monitor as Monitor
 from bandpo.clips import clip_advantages as clip_advantages
 from bandpo.clips import get_clip as get_clip
 from bandpo.clips import list_clips as list_clips
@@ -43,10 +46,12 @@ __all__ = [
     "Clip",
     "ClipStats",
     "Divergence",
+    "Explanation",
     "Fixed",
     "Gate",
     "InputError",
     "LossOutput",
+    "Monitor",
     "NoClip",
     "Region",
     "Sides",
@@ -59,6 +64,7 @@ __all__ = [
     "certify",
     "clip_advantages",
     "clip_stats",
+    "explain",
     "get_clip",
     "get_divergence",
     "implied_delta",

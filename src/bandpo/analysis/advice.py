@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MOST = 5
+FEW = 20  # tokens of which a share says something
 PAGE = "docs/explain.md#"
 Advice = tuple[str, float, str]  # text, number, section
 
@@ -20,7 +21,9 @@ def advise(found: dict[str, Any]) -> list[dict[str, Any]]:
     Returns:
         A list of dicts: text, number, page.
     """
-    rules: tuple[Callable[[dict[str, Any]], Iterator[Advice]], ...] = (_idle, _rollout, _taken, _rare, _entropy, _calm)
+    rules: tuple[Callable[[dict[str, Any]], Iterator[Advice]], ...] = (
+        _idle, _rollout, _collapse, _taken, _rare, _entropy, _simplex, _calm,
+    )  # fmt: skip
     said: list[Advice] = []
     for rule in rules:
         if rule is not _calm or not said:
@@ -32,32 +35,34 @@ def _idle(found: dict[str, Any]) -> Iterator[Advice]:
     idle, tokens = found["idle"], found["counts"]["tokens"]
     if idle["why"] == "no_advantage":
         yield (
-            f"The advantage of all {tokens:,} tokens is 0, so that none has a gradient under any clip: rewards are equal "
-            "within every group; make the problems harder or easier, or the groups larger.",
+            f"The advantage of all {tokens:,} tokens is 0, so that none has a gradient under any clip: rewards are "
+            "equal within every group; make the problems harder or easier, or the groups larger.",
             0.0,
             "is-the-clip-idle",
         )
     elif idle["why"] == "one_update":
         yield (
             f"The ratio of all {tokens:,} tokens is exactly 1, so that no clip can act: each rollout feeds one update, "
-            "or old_logps were computed with the weights in training; set several updates a rollout (TRL: "
-            "steps_per_generation above gradient_accumulation_steps; verl: ppo_mini_batch_size below train_batch_size).",
+            "or old_logps were computed with the weights in training; make several updates a rollout (TRL: "
+            "steps_per_generation above gradient_accumulation_steps; verl: ppo_mini_batch_size below "
+            "train_batch_size).",
             1.0,
             "is-the-clip-idle",
         )
     elif idle["why"] == "not_reached":
-        eps = found["equivalent"]["fixed"]["value"]
+        far = found["equivalent"]["fixed"]
+        eps = 0.0 if far is None else far["value"]
         yield (
             f"No token went far enough for this clip: in the direction of its advantage none moved its ratio by more "
             f"than {eps:.3g}; another clip of this width changes nothing here, and what the run does has other causes.",
             eps,
             "is-the-clip-idle",
         )
-    elif idle["ratio_one"] >= 0.1 and not idle["why"]:
+    elif idle["why"] is None and idle["ratio_one_uncertain"] >= 0.1:
         yield (
-            f"{_percent(idle['ratio_one'])} of the tokens have a ratio of exactly 1, as the first update of a rollout "
-            "has: shares over all tokens understate what the clip does in later updates.",
-            idle["ratio_one"],
+            f"{_percent(idle['ratio_one_uncertain'])} of the tokens with p < 0.999 have a ratio of exactly 1, as the "
+            "first update of a rollout has: shares over all tokens understate what the clip does in later updates.",
+            idle["ratio_one_uncertain"],
             "is-the-clip-idle",
         )
 
@@ -85,8 +90,19 @@ def _rollout(found: dict[str, Any]) -> Iterator[Advice]:
         )
 
 
+def _collapse(found: dict[str, Any]) -> Iterator[Advice]:
+    surprise = found["counts"]["surprise"]
+    if surprise < 0.1:
+        yield (
+            f"The mean of -log p is {surprise:.3g} nats, an estimate of the entropy: the policy hardly explores any "
+            "more, and a clip acts on sampled tokens alone.",
+            surprise,
+            "entropy",
+        )
+
+
 def _taken(found: dict[str, Any]) -> Iterator[Advice]:
-    whole, clip = found["effect"][0], found["clip"]
+    whole = found["effect"][0]
     kept, opposed = whole["gradient_kept"], whole["gradient_opposed"]
     if kept is not None and kept < 0.9:
         kl = found["equivalent"].get("band_kl")
@@ -104,30 +120,26 @@ def _taken(found: dict[str, Any]) -> Iterator[Advice]:
             opposed,
             "how-much-is-too-much",
         )
-    if clip["beyond_simplex"] > 0.2 and not found["idle"]["idle"]:
-        yield (
-            f"For {_percent(clip['beyond_simplex'])} of the tokens the upper bound lies past probability 1, so that "
-            "nothing confines their rise.",
-            clip["beyond_simplex"],
-            "which-clip",
-        )
 
 
 def _rare(found: dict[str, Any]) -> Iterator[Advice]:
     rows = [row for row in found["effect"] if row["sign"] == "positive" and row["bucket"] != "all" and row["tokens"]]
     parts = [[row for row in rows if (row["bucket"] in ("p0-0.01", "p0.01-0.1")) == rare] for rare in (True, False)]
     tokens = [sum(row["tokens"] for row in part) for part in parts]
-    if not all(tokens):
+    if tokens[0] < FEW or not tokens[1]:
         return
     rare, other = (
         sum(row["zero_grad"] * row["tokens"] for row in part) / n for part, n in zip(parts, tokens, strict=True)
     )
     band = next((row for row in found["clips"] if row["clip"] == "band"), None)
     if rare > 0.01 and rare > 2 * other:
-        than = f"; Band kl 0.05 would take it from {_percent(band['zero_grad_rare'])}" if band else ""
+        than = ""
+        if band and found["clip"]["name"] != "band":
+            than = f"; Band kl 0.05 would take it from {_percent(band['zero_grad_rare'])}"
         yield (
-            f"Of the tokens with A > 0, {_percent(rare)} of those with p < 0.1 have no gradient, against "
-            f"{_percent(other)} of the others: the clip holds rare tokens down, however good they are{than}.",
+            f"Of the {tokens[0]:,} tokens with A > 0 and p < 0.1, {_percent(rare)} have no gradient, against "
+            f"{_percent(other)} of the other ones with A > 0: the clip holds rare tokens down, however good they "
+            f"are{than}.",
             rare,
             "rare-tokens",
         )
@@ -141,20 +153,23 @@ def _entropy(found: dict[str, Any]) -> Iterator[Advice]:
         if math.isfinite(clip) and clip != 0:
             says = "a step on the logits" if name == "logit_step" else "the natural-gradient estimate"
             by = "rises" if clip > 0 else "falls"
-            part = max(("positive", "negative"), key=lambda sign: math.copysign(1, clip) * form[f"clip_{sign}"])
+            positive = form["clip_positive"] * clip > form["clip_negative"] * clip
             yield (
                 f"To first order the entropy {by}, by {abs(clip):.3g} nats a token for a step of 1 ({says}; "
-                f"{free:+.3g} without a clip), most of it through the tokens with A {'>' if part == 'positive' else '<'} 0.",
+                f"{free:+.3g} without a clip), most of it through the tokens with A {'>' if positive else '<'} 0.",
                 clip,
                 "entropy",
             )
-    surprise = found["counts"]["surprise"]
-    if surprise < 0.1:
+
+
+def _simplex(found: dict[str, Any]) -> Iterator[Advice]:
+    clip = found["clip"]
+    if clip["beyond_simplex"] > 0.2 and not found["idle"]["idle"]:
         yield (
-            f"The mean of -log p is {surprise:.3g} nats, an estimate of the entropy: the policy hardly explores any "
-            "more, and a clip cannot bring that back.",
-            surprise,
-            "entropy",
+            f"For {_percent(clip['beyond_simplex'])} of the tokens the upper bound lies past probability 1, so that "
+            "nothing confines their rise.",
+            clip["beyond_simplex"],
+            "which-clip",
         )
 
 

@@ -29,7 +29,7 @@ def logit_step(logps: Tensor, logits: Tensor) -> Tensor:
     flat, own = logits.flatten(0, -2), logps.flatten()
     size = max(1, PIECE // logits.shape[-1])
     parts = []
-    for some, log_a in zip(flat.split(size), own.split(size), strict=True):
+    for some, log_a in zip(torch.split(flat, size), torch.split(own, size), strict=True):
         log_pi = torch.log_softmax(some.double(), -1)
         pi, safe = torch.exp(log_pi), log_pi.clamp(min=-1e4)  # 0 log 0 is 0
         entropy = -(pi * safe).sum(-1)

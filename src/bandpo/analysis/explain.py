@@ -87,6 +87,7 @@ class Explainer:
         clip_args: as in `explain`.
         anchor: as in `explain`.
         batch: as in `explain`.
+        others: whether to ask every clip of the registry too.
 
     Raises:
         InputError: an unknown clip, or `batch` below 1.
@@ -99,13 +100,14 @@ class Explainer:
         clip_args: Mapping[str, Any] | None = None,
         anchor: str = "old",
         batch: int | None = None,
+        others: bool = True,
     ) -> None:
         if batch is not None and (not isinstance(batch, int) or batch < 1):
             raise InputError(f"batch={batch!r}: must be a whole number of sequences of at least 1, or None")
         self.clip: Clip = anchored(get_clip(clip, **(clip_args or {})), anchor).at(0.0)
         self.batch, self.seen, self.padding = batch, 0, 0
         self.stats: ClipStats | None = None
-        self.sanity, self.reached, self.others = Sanity(), Reached(), Others()
+        self.sanity, self.reached, self.others = Sanity(), Reached(), Others() if others else None
         self.gap: Gap | None = None
         self.entropy = Entropy()
         self.remarks: list[str] = []
@@ -184,7 +186,8 @@ class Explainer:
         self.stats = stats if self.stats is None else self.stats + stats
         self.reached.add(self.clip, t, c, kept)
         per_c = self._entropy(t, c, logits, kept)
-        self.others.add(t, per_c)
+        if self.others is not None:
+            self.others.add(t, per_c)
         optional = [None if x is None else x[kept] for x in (t.entropies, t.rollout_logps)]
         self.sanity.look(t.log_q[kept], t.log_p[kept], *optional)
         if t.rollout_logps is not None:
@@ -221,6 +224,9 @@ class Explainer:
         if tokens < 100:
             remarks.append(f"{'1 token' if tokens == 1 else f'{tokens} tokens'}: too few for shares and percentiles")
         found["counts"] |= {"padding": self.padding, "left_out": self.sanity.left_out}
-        found |= {"clips": self.others.rows(), "rollout": None if self.gap is None else self.gap.as_dict()}
+        found |= {
+            "clips": [] if self.others is None else self.others.rows(),
+            "rollout": None if self.gap is None else self.gap.as_dict(),
+        }
         found |= {"entropy": self.entropy.as_dict(tokens), "remarks": remarks}
         return Explanation(**found, advice=advise(found), sample=self.reached.sample(), chosen=self.clip)

@@ -22,11 +22,12 @@ class Explanation:
 
     Args:
         counts: tokens, sequences, padding, left_out; shares of A positive, negative, zero; surprise, the mean of
-            -log p in nats.
+            -log p in nats; rare, how many tokens have p < 0.1 and A > 0.
         clip: the clip in use: name, is (with its arguments), looks_at, paper; beyond_simplex, the share of tokens whose
             upper bound lies past probability 1, for clips of fixed bounds.
         idle: whether it does nothing, and why: "one_update" (every ratio is exactly 1), "no_advantage" (every A is 0),
-            "not_reached" (no token went far enough), "no_clip"; ratio_one, ratio_beyond_2x (shares), largest_log_ratio.
+            "not_reached" (no token went far enough), "no_clip"; ratio_one, ratio_one_uncertain (of tokens with
+            p < 0.999), ratio_beyond_2x (shares), largest_log_ratio.
         effect: a row for each sign of A (all, positive, negative) and bucket of p (all, and five): tokens, share,
             outside_below, outside_above, capped, zero_grad_below, zero_grad_above, zero_grad, gradient_kept,
             gradient_opposed, kl_mean, kl_max, as `ClipStats` has them.
@@ -36,7 +37,7 @@ class Explanation:
         equivalent: by "zero_gradient" (as many tokens without gradient as under the clip), or where it shuts out none
             "gradient_kept" (as much of sum |r A|), or None (it took nothing: any wider one does that too); and for
             band_kl, band_tv, band_chi2, dppo_kl, dppo_tv (radii) and fixed (eps on both sides) the value and the share
-            that it takes.
+            that it takes; None where none takes as much.
         clips: what each clip of the registry would have done, with its published defaults: clip, looks_at, missing,
             zero_grad, zero_grad_rare (of tokens with p < 0.1 and A > 0), gradient_kept, gradient_opposed, entropy.
         rollout: the gap to the engine that sampled; see `bandpo.analysis.gap.Gap.as_dict`. None where it is not known.

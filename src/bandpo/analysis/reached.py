@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bandpo.analysis.others import RARE
 from bandpo.analysis.tails import Tails
 from bandpo.clips.base import Clip, Region
 from bandpo.loss.stats import BUCKETS, COUNTS, FIELDS, MOST_RATIO, MOST_REACHED, ClipStats
@@ -17,6 +18,7 @@ from bandpo.operator.tokens import MOST_LOG_RATIO, Tokens
 
 MEASURES = ("kl", "tv", "chi2")
 NOTHING = 1e-4  # a share of the gradient that nobody can see
+CERTAIN = 1e-3  # log p of a token that has no room to move
 SAMPLE = 20_000  # tokens kept for a picture
 EQUAL = {"band_kl": "kl", "band_tv": "tv", "band_chi2": "chi2", "dppo_kl": "kl", "dppo_tv": "tv", "fixed": "eps"}
 SIGNS = {"all": None, "positive": 2, "negative": 0}  # the row of ClipStats
@@ -29,11 +31,14 @@ class Reached:
         self.all = {name: Tails() for name in MEASURES}
         self.outward = {name: Tails() for name in (*MEASURES, "eps")}
         self.largest = {name: 0.0 for name in (*MEASURES, "log_ratio")}
-        self.sums = dict.fromkeys((*MEASURES, "still", "surprise", "beyond", "off_simplex", "taken"), 0.0)
+        self.sums = dict.fromkeys(
+            (*MEASURES, "still", "surprise", "beyond", "off_simplex", "taken", "free", "stuck", "rare"), 0.0
+        )
         self.sequences: list[
             Tensor
         ] = []  # of each part: how many, sum and maximum of the estimate of KL, sum of -log r
-        self.stride, self.kept, self.place = 1, [], 0
+        self.stride, self.place = 1, 0
+        self.kept: list[Tensor] = []
 
     def add(self, clip: Clip, t: Tokens, c: Tensor, mask: Tensor) -> None:
         """Count tokens.
@@ -55,7 +60,11 @@ class Reached:
         self.outward["eps"].add(t.rise[mask].abs()[outward], weights)
         log_r, log_p = t.log_r[mask], t.log_p[mask]
         self.largest["log_ratio"] = max(self.largest["log_ratio"], float(log_r.abs().max()))
+        movable = log_p < -CERTAIN  # nothing moves where p is 1
         self.sums["still"] += float((log_r == 0).sum())
+        self.sums["free"] += float(movable.sum())
+        self.sums["stuck"] += float((movable & (log_r == 0)).sum())
+        self.sums["rare"] += float(((log_p < math.log(RARE)) & (t.advantages[mask] > 0)).sum())
         self.sums["beyond"] += float((log_r.abs() > math.log(2)).sum())
         self.sums["surprise"] += -float(log_p.clamp(min=-1e4).double().sum())
         self.sums["taken"] += float((c[mask] != t.weighted[mask]).sum())
@@ -94,8 +103,13 @@ class Reached:
         sequences = torch.stack(self.sequences) if self.sequences else None
         n = None if sequences is None else int(sequences[:, 0].sum())
         counts = {"tokens": tokens, "sequences": n, **signs, "zero": max(1 - sum(signs.values()), 0.0)}
-        counts["surprise"] = self.sums["surprise"] / tokens
-        described = {"name": clip.name, "is": repr(clip), "looks_at": clip.looks_at, "paper": clip.paper}
+        counts |= {"surprise": self.sums["surprise"] / tokens, "rare": int(self.sums["rare"])}
+        described: dict[str, Any] = {
+            "name": clip.name,
+            "is": repr(clip),
+            "looks_at": clip.looks_at,
+            "paper": clip.paper,
+        }
         described["beyond_simplex"] = self.sums["off_simplex"] / tokens
         return {
             "counts": counts,
@@ -120,6 +134,7 @@ class Reached:
             "idle": why is not None,
             "why": why,
             "ratio_one": self.sums["still"] / tokens,
+            "ratio_one_uncertain": self.sums["stuck"] / max(self.sums["free"], 1.0),
             "ratio_beyond_2x": self.sums["beyond"] / tokens,
             "largest_log_ratio": self.largest["log_ratio"],
         }
@@ -143,17 +158,14 @@ class Reached:
         for name, measure in EQUAL.items():
             tail = self.outward[measure]
             sums = tail.weights if by == "gradient_kept" else tail.counts
-            if by is None:  # anything wider than what was reached
-                found[name] = {"value": tail.quantile(1.0) * (1 + 2**-10), "share": 0.0}
-            elif float(sums.sum()) == 0:
+            if float(sums.sum()) < max(target / 1.02, 1e-30):  # nothing has moved outward, or too little
                 found[name] = None
+            elif by is None:  # anything wider than what was reached
+                found[name] = {"value": max(tail.quantile(1.0) * (1 + 2**-10), RADII[0]), "share": 0.0}
             else:
-                value, taken = tail.threshold(target, weighted=by == "gradient_kept")
                 least = RADII[0] if measure != "eps" else 0.0
-                found[name] = {
-                    "value": max(value, least),
-                    "share": taken / (free if by == "gradient_kept" else tokens),
-                }
+                value, taken = tail.threshold(target, weighted=by == "gradient_kept", least=least)
+                found[name] = {"value": value, "share": taken / (free if by == "gradient_kept" else tokens)}
         return found
 
 

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from bandpo._input import InputError
+from bandpo.analysis.tails import Tails
 
 ROUNDING = 0.01  # a log-probability above 0 by no more than this is a rounded 0
 TOO_MANY = 0.01  # the share of values above 0 from which they are something else
 LOGS = ("logps", "old_logps", "rollout_logps")
 BASES = {"in bits": 1 / math.log(2), "to base 10": 1 / math.log(10)}
-FEWEST = 1000  # tokens from which means are compared
+UNSURE = -0.05  # log-probabilities above this hardly tell their base
+NEAR = 0.08  # how far a median quotient may be from that of a wrong base
+FEW, FEWEST = 100, 1000  # tokens from which medians and means are compared
 
 
 class Sanity:
@@ -26,7 +29,7 @@ class Sanity:
     def __init__(self) -> None:
         self.left_out = 0
         self._odd: dict[str, tuple[int, str]] = {}  # what: how many, and where the first one is
-        self._bases: dict[tuple[str, str], list[float]] = {}
+        self._quotients: dict[str, Tails] = {}  # of each log-probability and the old one
         self._sums = torch.zeros(10, dtype=torch.float64)
 
     def clean(self, values: dict[str, Tensor], mask: Tensor, start: int = 0) -> Tensor:
@@ -65,12 +68,8 @@ class Sanity:
         """Gather what tells whether the logarithms are natural; of used tokens alone, each of shape (tokens,)."""
         for name, x in (("logps", logps), ("rollout_logps", rollout)):
             if x is not None:
-                sums = self._bases.setdefault((name, "old_logps"), [0.0] * (1 + 2 * len(BASES)))
-                far = old_logps < -0.05
-                quotient = x[far] / old_logps[far]
-                near = [((quotient / b - 1).abs() < 0.01).sum() for _, b, _ in _bases(name, "old_logps")]
-                for i, found in enumerate((far.sum(), *near)):
-                    sums[i] += float(found)
+                far = old_logps < UNSURE
+                self._quotients.setdefault(name, Tails()).add((x[far] / old_logps[far]).abs())  # 0 has a sign
         log_r = (logps - old_logps).double().clamp(-20.0, 20.0)
         columns = [torch.ones_like(log_r), *(y for b in (1.0, math.log(2)) for y in _moments(torch.exp(b * log_r)))]
         if entropies is not None:
@@ -82,13 +81,15 @@ class Sanity:
     def remarks(self) -> list[str]:
         """Return a sentence for each oddity."""
         said = [f"{what} for {_count(n)}, the first at {where}; left out" for what, (n, where) in self._odd.items()]
-        for (name, other), (tokens, *near) in self._bases.items():
-            for found, (base, quotient, wrong) in zip(near, _bases(name, other), strict=True):
-                if tokens >= 10 and found > 0.5 * tokens:
-                    said.append(
-                        f"{name} / {other} is {quotient:.4g} for {found / tokens:.0%} of the tokens: implausible, "
-                        f"{wrong} looks to be {base}; all must be natural logarithms"
-                    )
+        for name, quotients in self._quotients.items():
+            middle = quotients.quantile(0.5)
+            for base, b in BASES.items() if int(quotients.counts.sum()) >= FEW else ():
+                for wrong, quotient in ((name, b), ("old_logps", 1 / b)):
+                    if abs(middle / quotient - 1) < NEAR:
+                        said.append(
+                            f"{name} / old_logps is {middle:.3g} in the median: implausible, {wrong} looks to be "
+                            f"{base} ({quotient:.4g}); all must be natural logarithms"
+                        )
         return said + self._means()
 
     def _means(self) -> list[str]:
@@ -98,7 +99,7 @@ class Sanity:
         if n >= FEWEST:
             r, s = r / n, s / n
             error = math.sqrt(max(r2 / n - r * r, 0.0) / n), math.sqrt(max(s2 / n - s * s, 0.0) / n)
-            if r - 1 > 8 * error[0] and abs(s - 1) < 2 * error[1]:
+            if r - 1 > 5 * error[0] and abs(s - 1) < 2 * error[1]:
                 said.append(
                     f"the mean ratio is {r:.4g}, where natural logarithms have 1, and {s:.4g} if they are read as "
                     "base 2: implausible, the log-probabilities may be in bits; multiply them by 0.6931"
@@ -106,23 +107,18 @@ class Sanity:
         if m >= FEWEST:
             surprise, h = surprise / m, h / m
             error_h = math.sqrt(max(d2 / m - (surprise - h) ** 2, 0.0) / m)
-            if abs(surprise - h) > 8 * error_h:
-                for name, x, y in (("old_logps", surprise * math.log(2), h), ("entropies", surprise, h * math.log(2))):
-                    if abs(x - y) < 3 * error_h:
-                        said.append(
-                            f"the mean of -old_logps is {surprise:.4g} and that of entropies {h:.4g}, which should be "
-                            f"alike: implausible, {name} may be in bits; multiply by 0.6931"
-                        )
+            apart = abs(surprise - h) > 5 * error_h and min(surprise, h) > 0
+            for name, quotient in (("old_logps", surprise / h), ("entropies", h / surprise)) if apart else ():
+                if abs(quotient * math.log(2) - 1) < 2 * NEAR:
+                    said.append(
+                        f"the mean of -old_logps is {surprise:.4g} and that of entropies {h:.4g}, which should be "
+                        f"alike: implausible, {name} may be in bits; multiply by 0.6931"
+                    )
         return said
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x, x * x
-
-
-def _bases(name: str, other: str) -> list[tuple[str, float, str]]:
-    """Return each mistake of the base: which base, what it makes of name / other, and which of both is wrong."""
-    return [x for base, b in BASES.items() for x in ((base, b, name), (base, 1 / b, other))]
 
 
 def _count(n: int) -> str:

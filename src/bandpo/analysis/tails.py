@@ -27,7 +27,7 @@ class Tails:
 
     def add(self, values: Tensor, weights: Tensor | None = None) -> None:
         """Count values, which are at least 0, with weights or without."""
-        index = values.float().clamp(0.0, LARGEST).view(torch.int32).bitwise_right_shift(SHIFT).long().flatten()
+        index = _bin(values).flatten()
         self.counts += torch.bincount(index, minlength=BINS)
         if weights is not None:
             self.weights += torch.bincount(index, weights.flatten().double(), minlength=BINS)
@@ -40,26 +40,32 @@ class Tails:
         place = int(torch.searchsorted(total, max(round(share * int(total[-1])), 1)))
         return _edge(place) if place == 0 else 0.5 * (_edge(place) + _edge(place + 1))
 
-    def threshold(self, wanted: float, *, weighted: bool = False) -> tuple[float, float]:
+    def threshold(self, wanted: float, *, weighted: bool = False, least: float = 0.0) -> tuple[float, float]:
         """Return the threshold above which lies what is nearest to `wanted`, and what lies above it.
 
         Args:
             wanted: a count, or a weight, > 0.
             weighted: which of both.
+            least: no threshold below this.
 
         Returns:
             (threshold, found): the middle of the gap, in the logarithm, where no value lies near it.
         """
         sums = self.weights if weighted else self.counts
         above = sums.flip(0).cumsum(0).flip(0)  # in this bin and beyond
-        place = int((above[1:] - wanted).abs().argmin()) + 1  # the first of equally good ones
+        start = 1 + int(_bin(torch.tensor(least)))
+        place = int((above[start:] - wanted).abs().argmin()) + start
         found = float(above[place])
         same = (above == above[place]).to(torch.int8)
         first, last = int(same.argmax()), BINS - 1 - int(same.flip(0).argmax())
-        low, high = _edge(max(first, 1)), _edge(last)
+        low, high = max(_edge(max(first, 1)), least), _edge(last)
         if last == BINS - 1:  # nothing above
             return low, found
         return (low * high) ** 0.5 if last > first else _below(low), found
+
+
+def _bin(values: Tensor) -> Tensor:
+    return values.float().clamp(0.0, LARGEST).view(torch.int32).bitwise_right_shift(SHIFT).long()
 
 
 def _edge(place: int) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 WIDTH = 110
+NAMES = 44  # of a column of names
 WHY = {
     "one_update": "yes: every ratio is exactly 1, as where a rollout feeds one update.",
     "no_advantage": "yes: every advantage is 0.",
@@ -45,6 +46,12 @@ def number(x: float | None) -> str:
     return "-" if x is None else f"{x:.3g}"
 
 
+def taken(same: dict[str, Any]) -> str:
+    """Return what an `Explanation.equivalent` takes, in words."""
+    nearly = any(same[key] and abs(same[key]["share"] - same["share"]) > 0.02 * same["share"] for _, key in EQUAL)
+    return ("nearly " if nearly else "") + BY[same["by"]].format(share=percent(same["share"]))
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return lines whose columns are flush: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -70,18 +77,8 @@ def _head(found: dict[str, Any]) -> list[str]:
 
 def _effect(found: dict[str, Any]) -> list[str]:
     cells = {(row["bucket"], row["sign"]): row for row in found["effect"]}
-    head = (
-        "old probability",
-        "tokens",
-        "outside",
-        "no gradient",
-        "A > 0",
-        "A < 0",
-        "kept",
-        "A > 0",
-        "A < 0",
-        "opposed",
-    )
+    groups = ("", "", "", "no gradient", "", "", "gradient kept", "", "", "")
+    head = ("old probability", "tokens", "outside", "all", "A > 0", "A < 0", "all", "A > 0", "A < 0", "opposed")
     rows = []
     for bucket in dict.fromkeys(row["bucket"] for row in found["effect"]):
         every, up, down = (cells[bucket, sign] for sign in ("all", "positive", "negative"))
@@ -90,8 +87,8 @@ def _effect(found: dict[str, Any]) -> list[str]:
         outside = every["outside_below"] + every["outside_above"] + every["capped"]
         shares = [every["share"], outside, every["zero_grad"], up["zero_grad"], down["zero_grad"]]
         shares += [every["gradient_kept"], up["gradient_kept"], down["gradient_kept"], every["gradient_opposed"]]
-        rows.append((bucket.removeprefix("p").replace("-", " to "), *map(percent, shares)))
-    return ["What the clip does", *table(head, rows)]
+        rows.append((_bucket(bucket), *map(percent, shares)))
+    return ["What the clip does", *table(groups, [head, *rows])]
 
 
 def _divergence(found: dict[str, Any]) -> list[str]:
@@ -107,29 +104,35 @@ def _divergence(found: dict[str, Any]) -> list[str]:
 
 def _equivalent(found: dict[str, Any]) -> list[str]:
     same = found["equivalent"]
-    if same["by"] is None:
-        lines = ["Equal to this clip here: it took nothing, and so does anything of at least"]
-    else:
-        lines = [f"Equal to this clip here: {BY[same['by']].format(share=percent(same['share']))} with"]
     known = [(name, same[key]) for name, key in EQUAL if same[key] is not None]
     if not known:
-        return [f"{lines[0]} nothing that goes by the ratio alone: no token has moved outward"]
-    off = ""
-    if any(abs(x["share"] - same["share"]) > 0.02 * same["share"] for _, x in known):
-        off = " (the nearest there is)"
+        why = "no token has moved in the direction of its advantage"
+        return [f"Equal to this clip here: {why if same['by'] is None else 'no bound of the ratio takes as much'}"]
+    if same["by"] is None:
+        title = "Equal to this clip here: it took nothing, and so does anything of at least"
+    else:
+        title = f"Equal to this clip here: {taken(same)} with"
     values = ", ".join(f"{name} {number(x['value'])}" for name, x in known)
-    return [*lines, f"  {values}{off}; DPPO's delta is Band's, kl and tv"]
+    return [title, f"  {values}; DPPO's delta is Band's, kl and tv"]
 
 
 def _clips(found: dict[str, Any]) -> list[str]:
     known = [row for row in found["clips"] if row["missing"] is None]
+    if not known:
+        return []
     dh = any(row["entropy"] is not None for row in known)
     keys = ("zero_grad", "zero_grad_rare", "gradient_kept", "gradient_opposed")
+    alike: dict[tuple[str, ...], list[str]] = {}  # what cannot be told apart is one row
+    for row in known:
+        cells = (*(percent(row[key]) for key in keys), *([number(row["entropy"])] if dh else []))
+        alike.setdefault(cells, []).append(row["clip"])
+    rows = []
+    for cells, names in alike.items():
+        first, *more = textwrap.wrap(", ".join(names), NAMES)
+        rows += [(first, *cells), *((line, *[""] * len(cells)) for line in more)]
     head = ("clip", "no gradient", "rare, A > 0", "kept", "opposed", *(["dH"] if dh else []))
-    rows = [
-        (row["clip"], *(percent(row[key]) for key in keys), *([number(row["entropy"])] if dh else [])) for row in known
-    ]
-    lines = ["What each clip would do to these tokens, with its published defaults (rare: p < 0.1)", *table(head, rows)]
+    few = f"rare: p < 0.1; {found['counts']['rare']:,} tokens with A > 0"
+    lines = [f"What each clip would do to these tokens, with its published defaults ({few})", *table(head, rows)]
     lacks: dict[str, list[str]] = {}
     for row in found["clips"]:
         if row["missing"]:
@@ -147,8 +150,8 @@ def _rollout(found: dict[str, Any]) -> list[str]:
     head = ("Rollout engine against trainer", "tokens", "k3, nats", "beyond 2x", "effective sample size")
     rows = [
         (name, f"{row['tokens']:,}", number(row[keys[0]]), percent(row[keys[1]]), f"{row[keys[2]]:.3f}")
-        for name, row in [("all", gap), *((x["bucket"].removeprefix("p").replace("-", " to "), x) for x in gap["by_bucket"])]
-    ]  # fmt: skip
+        for name, row in [("all", gap), *((_bucket(x["bucket"]), x) for x in gap["by_bucket"])]
+    ]
     whole = gap["sequence_effective_sample_size"]
     said = [] if whole is None else [f"effective sample size of whole sequences: {whole:.3f}"]
     return [*table(head, rows), *said]
@@ -162,6 +165,10 @@ def _entropy(found: dict[str, Any]) -> list[str]:
     head = ("Entropy to first order, nats a token for a step of 1", "this clip", "A > 0", "A < 0", "no clip")
     keys = ("clip", "clip_positive", "clip_negative", "no_clip")
     return table(head, [(names[k], *(f"{v[key]:+.3g}" for key in keys)) for k, v in forms.items() if v is not None])
+
+
+def _bucket(name: str) -> str:
+    return name.removeprefix("p").replace("-", " to ")
 
 
 def _said(title: str, sentences: Sequence[str]) -> list[str]:

@@ -71,7 +71,7 @@ class TokenLog:
             InputError: a field has the wrong shape, length or type.
         """
         for block in _whole_sequences(self.source.blocks(self.fields, PART, batch), batch):
-            part = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in block.items()}
+            part = {name: torch.tensor(x) for name, x in block.items()}
             part = {name: x if name == "mask" or x.is_floating_point() else x.float() for name, x in part.items()}
             if (tool := part.pop("tool_mask", None)) is not None:
                 part["mask"] = tool != 0 if "mask" not in part else (part["mask"] != 0) & (tool != 0)

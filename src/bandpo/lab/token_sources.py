@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,10 +52,11 @@ def open_source(path: Path) -> Source:
         )
     try:
         return kind(path)
-    except (OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read as {path.suffix} ({_short(error)}); write it again") from None
+    except InputError:
+        raise
+    except Exception as error:  # broken files make readers fail in every way
+        why = f"{type(error).__name__}: {_short(error)}"
+        raise InputError(f"{path}: cannot be read as {path.suffix} ({why}); write it again") from None
 
 
 class _Arrays:
@@ -188,12 +190,10 @@ class Torch(_Arrays):
     def __init__(self, path: Path) -> None:
         super().__init__()
         try:
-            try:
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:  # the old format is no zip file
-                if "mmap" not in str(error):
-                    raise
-                found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a pickle's protocol
+                # the old format is no zip file, and cannot be mapped
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError:
             raise InputError(
                 f"{path}: holds objects other than tensors, which could run code when they are read: write it with "
@@ -229,7 +229,8 @@ class Torch(_Arrays):
 
     def blocks(self, fields: Mapping[str, str], size: int, batch: int | None) -> Iterator[Block]:
         """Yield rows of each dict in turn."""
-        for self.now in self.dicts:
+        for batch_dict in self.dicts:
+            self.now = batch_dict
             yield from super().blocks(fields, size, batch)
 
 
@@ -340,7 +341,7 @@ class Parquet(_Rows):
     def __init__(self, path: Path) -> None:
         super().__init__()
         try:
-            import pyarrow.parquet as pq
+            import pyarrow.parquet as pq  # type: ignore[import-untyped]
         except ImportError:
             raise InputError(f"{path}: a .parquet file needs pyarrow: pip install pyarrow, or write .npz") from None
         self.file = pq.ParquetFile(path)
@@ -348,7 +349,7 @@ class Parquet(_Rows):
 
     def tables(self, names: Sequence[str], size: int) -> Iterator[dict[str, Any]]:
         """Yield the rows of a batch at a time."""
-        import pyarrow.types as types
+        import pyarrow.types as types  # type: ignore[import-untyped]
 
         kinds = [self.file.schema_arrow.field(name).type for name in names]
         lists = any(types.is_list(k) or types.is_large_list(k) or types.is_fixed_size_list(k) for k in kinds)
@@ -379,9 +380,10 @@ def _is_lists(column: Any) -> bool:
 
 
 def _floats(name: str, values: Any, seen: int) -> np.ndarray:
-    """Return numbers as an array, null as NaN."""
+    """Return numbers as an array, null as NaN; in float32, which logs in text come from, unless they have a type."""
+    dtype = values.dtype if isinstance(values, np.ndarray) and values.dtype.kind == "f" else np.float32
     try:
-        return np.array(values, dtype=np.float64)
+        return np.array(values, dtype=dtype)
     except (TypeError, ValueError):
         bad = next((i for i, x in enumerate(values) if not isinstance(x, (int, float, type(None)))), 0)
         raise InputError(f"{name} of record {seen + bad + 1} is {values[bad]!r}: must be a number") from None

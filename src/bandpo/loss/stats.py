@@ -108,7 +108,8 @@ def count(clip: Clip, tokens: Tokens, c: Tensor) -> ClipStats:
         reached = rows[-len(MEASURES) :]
         maxima = maxima.scatter_reduce(1, index.expand_as(reached), reached, "amax")
     shape = (len(SIGNS), len(BUCKETS), -1)
-    return ClipStats(sums[:, :-1].T.reshape(shape), maxima[:, :-1].T.reshape(shape))
+    # contiguous, because torch.distributed reduces memory, whatever the strides
+    return ClipStats(*(x[:, :-1].T.contiguous().view(shape) for x in (sums, maxima)))
 
 
 def _sides(region: Region | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
