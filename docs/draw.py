@@ -1,4 +1,7 @@
-"""Draws the pictures of docs/operator.md: ``python docs/draw.py [FOLDER]``, docs/img unless a folder is named."""
+"""Draws the pictures of the docs and writes what of them is generated: ``python docs/draw.py``.
+
+With a FOLDER it draws the pictures of operator.md alone, into that folder.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 import bandpo
 from bandpo import plots
+from bandpo.lab.cards.write import write_pictures, write_texts
 from bandpo.operator.family import FAMILY
 from bandpo.operator.solver import fall, tail_bounds
 
@@ -147,4 +151,9 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "img")
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        docs = Path(__file__).parent
+        main(docs / "img")
+        print(len(write_texts(docs)), "cards and tables,", len(write_pictures(docs)), "pictures of clips")

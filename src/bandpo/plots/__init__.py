@@ -1,6 +1,6 @@
 """Drawings of clips, and the look that every drawing of the project shares (needs matplotlib: extra ``train``).
 
-``python -m bandpo.plots docs/img/bounds.svg`` draws the picture of the README; ``python docs/draw.py`` those of the docs.
+``python -m bandpo.plots docs/img/bounds.svg`` draws the picture of the README; ``python docs/draw.py`` all others.
 """
 
 from __future__ import annotations

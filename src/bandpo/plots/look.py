@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bandpo._input import InputError
+from bandpo.plots.slim import slim
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,16 +126,7 @@ def save(figure: Figure, path: Path, theme: Theme | None = None) -> Path:
     with rc_context(RC if theme is None else theme.rc):
         figure.savefig(drawn, format=kind, dpi=160, metadata=stamp)
     try:
-        path.write_bytes(drawn.getvalue() if theme is None or kind != "svg" else _slim(drawn.getvalue()))
+        path.write_bytes(drawn.getvalue() if theme is None or kind != "svg" else slim(drawn.getvalue()))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give a folder that exists") from None
     return path
-
-
-def _slim(svg: bytes) -> bytes:
-    """The same drawing in half the bytes; its bitmaps are smoothed by the reader."""
-    text = re.sub(r"<metadata>.*?</metadata>", "", svg.decode(), flags=re.DOTALL)
-    text = re.sub(r' (?:transform="rotate\(-0 [^"]*"|id="(?:figure|axes|patch|text|line2d|[xy]tick)_\d+")', "", text)
-    text = text.replace(' style="image-rendering:crisp-edges;image-rendering:pixelated"', "")
-    text = re.sub(r"<(?!image)[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
-    return (re.sub(r"\n[ \n]+", "\n", text).strip() + "\n").encode()

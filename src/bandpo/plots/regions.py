@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bandpo.clips import get_clip, list_clips
 from bandpo.clips.base import Region
 from bandpo.operator.band import Bounds
+from bandpo.plots.lines import Points, thin
 from bandpo.plots.look import DASHED, LIGHT, Theme, need_matplotlib
 from bandpo.plots.surface import Slice, limits, slices
 
@@ -68,14 +72,15 @@ def draw_regions(theme: Theme = LIGHT, names: Sequence[str] | None = None) -> Fi
     need_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     drawn = boundaries(names)
     (_, [(_, usual)]), *_ = boundaries([USUAL])
     columns = 3
     rows = -(-len(drawn) // columns)
     with rc_context(theme.rc | {"font.size": 8, "axes.titlesize": 8.5, "lines.linewidth": 1.3}):
-        figure = Figure(figsize=(6.4, 1.75 * rows + 0.5), layout="constrained", facecolor="white")
-        figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
+        figure = Figure(figsize=(6.4, 1.75 * rows + 0.5), facecolor="white")
+        figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04))
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel().tolist()
         for panel, (same, bounds) in zip(panels, drawn, strict=False):
             panel.set_title(same[0], pad=3)
@@ -92,30 +97,35 @@ def draw_regions(theme: Theme = LIGHT, names: Sequence[str] | None = None) -> Fi
 
 def _region(panel: Axes, bounds: list[tuple[Slice, Bounds]], usual: Bounds, theme: Theme, notes: list[str]) -> None:
     """One panel: the region filled, the usual one dashed, the simplex's edge."""
-    p = probabilities()
     for i, (piece, b) in enumerate(bounds):
-        low, high = b.low.clamp(min=LEAST_R / 2), b.high.clamp(max=MOST_R * 2)
         colour = theme.colours[(0, 2)[i]]
-        panel.fill_between(p, low, high, color=colour, alpha=0.22, linewidth=0, label=None if i else "allowed")
+        low, high = _line(b.low), _line(b.high)
+        around = np.concatenate([low, high[::-1]])
+        panel.fill(*around.T, color=colour, alpha=0.22, linewidth=0, label=None if i else "allowed")
         for edge in (low, high):
-            panel.plot(p, edge, color=colour)
+            panel.plot(*edge.T, color=colour)
         if piece.title and len(bounds) > 1:
-            place = {"color": colour, "fontsize": 6.5, "transform": panel.transAxes}
+            place: dict[str, Any] = {"color": colour, "fontsize": 6.5, "transform": panel.transAxes}
             panel.text(0.03, 0.04 + 0.1 * i, piece.title, **place)
-    for label, edge in (("clip_higher", usual.low), ("", usual.high)):
-        panel.plot(p, edge, color=theme.colours[1], linestyle=DASHED, linewidth=0.9, label=label or None)
-    panel.plot(p, 1 / p, color=theme.ink, linewidth=0.8, linestyle=(0, (1, 1.5)), label="r = 1/p, limit of the simplex")
+    for label, usually in (("clip_higher", usual.low), ("", usual.high)):
+        style: dict[str, Any] = {"color": theme.colours[1], "linestyle": DASHED, "linewidth": 0.9}
+        panel.plot(*_line(usually).T, **style, label=label or None)
+    dots: dict[str, Any] = {"color": theme.ink, "linewidth": 0.8, "linestyle": (0, (1, 1.5))}
+    panel.plot([LEAST_P, 1], [1 / LEAST_P, 1], **dots, label="r = 1/p, limit of the simplex")
     for note in notes:
-        panel.text(0.03, 0.04, "\n".join(_wrap(note)), fontsize=6.5, color=theme.muted, transform=panel.transAxes)
+        place = {"ha": "right", "va": "top", "fontsize": 6.5, "color": theme.muted, "transform": panel.transAxes}
+        panel.text(0.98, 0.96, "\n".join(textwrap.wrap(note, 16)), **place)
     panel.set(xscale="log", yscale="log", xlim=(LEAST_P, 1), ylim=(LEAST_R, MOST_R))
     panel.set_xticks([1e-3, 1e-2, 1e-1, 1], ["0.001", "0.01", "0.1", "1"])
+    panel.grid(False)
+    panel.patch.set_visible(False)
     panel.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
 
 
-def _wrap(text: str, width: int = 38) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)
+def _line(ratios: torch.Tensor) -> Points:
+    """The bounds at `probabilities` as a line of few points."""
+    log_r = ratios.clamp(LEAST_R / 2, MOST_R * 2).log10()
+    return np.power(10.0, thin(probabilities().log10(), log_r, 3.0, math.log10(MOST_R / LEAST_R)))
 
 
 def _same(a: Bounds, b: Bounds) -> bool:

@@ -18,6 +18,7 @@ from bandpo.operator.tokens import Tokens
 
 LOW_P, MOST_R = 1e-4, 20.0  # the axes: p from LOW_P to 1, r from 1 / MOST_R to MOST_R
 SIZE = 97  # of the array each way; odd, so that r = 1 is one of the ratios
+COARSE = 31  # of it where every cell is a batch of its own, and only shares of the area are asked for
 BLIND_P = 1e-6  # stands for any p where c does not depend on it; no ratio drawn takes it past 1
 RARE, MOVED = (0.001, 0.01, 0.1, 0.5, 0.9), (0.5, 2.0, 5.0)
 
@@ -157,15 +158,15 @@ def coefficient(clip: Clip, piece: Slice, log_p: Tensor, log_r: Tensor, sign: fl
         Float64 tensor, (n,).
     """
     tokens = (
-        [_join(piece, log_p, log_r, sign)]
+        [_join(clip, piece, log_p, log_r, sign)]
         if clip.looks_at != "batch"
-        else [_join(piece, log_p[i : i + 1], log_r[i : i + 1], sign) for i in range(len(log_p))]
+        else [_join(clip, piece, log_p[i : i + 1], log_r[i : i + 1], sign) for i in range(len(log_p))]
     )
     c = torch.cat([clip.coefficient(t)[:, -1 if piece.last else 0] for t in tokens])
     return torch.where(log_p + log_r > 0, torch.nan, c / sign + 0.0)  # 0, not -0
 
 
-def _join(piece: Slice, log_p: Tensor, log_r: Tensor, sign: float) -> Tokens:
+def _join(clip: Clip, piece: Slice, log_p: Tensor, log_r: Tensor, sign: float) -> Tokens:
     """Each token beside the others of the slice, as a row."""
     n = len(log_p)
 
@@ -178,13 +179,14 @@ def _join(piece: Slice, log_p: Tensor, log_r: Tensor, sign: float) -> Tokens:
     given = {
         name: row(torch.full_like(log_p, piece.own.get(name, 1.0)), [piece.others.get(name, 1.0)] * len(piece.beside))
         for name in ("entropies", "rewards")
+        if name in clip.needs
     }
     return Tokens(
         new,
         old,
         row(torch.full_like(log_p, sign), [a for _, _, a in piece.beside]),
         rollout_logps=old,
-        state_divergence=binary_divergence(new, old),
+        state_divergence=binary_divergence(new, old) if "state_divergence" in clip.needs else None,
         **given,
     )
 
@@ -201,7 +203,8 @@ def limits(region: Region, piece: Slice, log_p: Tensor) -> Bounds:
         `Bounds` of shape (n,).
     """
     one = region.looks_at == "batch"  # then all tokens of the batch have the same
-    tokens = _join(piece, log_p[:1] if one else log_p, torch.zeros_like(log_p[:1] if one else log_p), 1.0)
+    own = log_p[:1] if one else log_p
+    tokens = _join(region, piece, own, torch.zeros_like(own), 1.0)
     bounds = region.limits(tokens)
     at = -1 if piece.last else 0
     return Bounds(bounds.log_low[:, at].expand_as(log_p), bounds.log_high[:, at].expand_as(log_p))
@@ -260,10 +263,11 @@ def facts(array: Tensor) -> Facts:
     """
     log_r = axes(len(array))[1][:, None].expand_as(array)
     real = ~array.isnan()
-    shares = [float((array[real & side] == 0).double().mean()) for side in (log_r > 0, log_r < 0)]
+    above, below = (float((array[real & side] == 0).double().mean()) for side in (log_r > 0, log_r < 0))
     inside = array[real]
     return Facts(
-        *shares,
+        above,
+        below,
         float((inside < 0).double().mean()),
         float(inside.min()),
         float(inside.max()),
@@ -296,7 +300,7 @@ def _edge(clip: Clip, piece: Slice, p: float, sign: float) -> float | None:
     def along(shares: Tensor) -> Tensor:
         return coefficient(clip, piece, torch.full_like(shares, math.log(p)), shares * far, sign)
 
-    shares = torch.arange(1, 257, dtype=torch.float64) / 256
+    shares = torch.arange(1, 129, dtype=torch.float64) / 128
     c = torch.cat([torch.ones(1, dtype=torch.float64), along(shares)])  # on-policy first
     gone = c <= 0
     if not bool(gone.any()):
@@ -304,12 +308,12 @@ def _edge(clip: Clip, piece: Slice, p: float, sign: float) -> float | None:
     first = int(gone.to(torch.int8).argmax())
     if 0 <= float(c[first]) and float(c[first - 1]) < 1e-6:  # too small for a float
         return None
-    edge = _bisect(lambda x: float(along(shares.new_tensor([x]))) <= 0, (first - 1) / 256, first / 256)
+    edge = _bisect(lambda x: float(along(shares.new_tensor([x]))) <= 0, (first - 1) / 128, first / 128)
     return math.exp(far * edge)
 
 
 def _bisect(is_out: Callable[[float], bool], inside: float, out: float) -> float:
-    for _ in range(40):
+    for _ in range(32):
         middle = (inside + out) / 2
         inside, out = (inside, middle) if is_out(middle) else (middle, out)
     return inside
