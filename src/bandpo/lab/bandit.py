@@ -7,6 +7,7 @@ G = mean_i c_i (e_{a_i} - pi).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,11 +23,11 @@ from bandpo.loss.stats import ClipStats, count
 from bandpo.operator.tokens import Tokens
 
 SMALL = 0.01  # an action that starts below this probability belongs to the tail
-CACHED = 50_000  # numbers in a tensor of as many seeds as are computed at a time: what a core's cache holds
+CACHED = 100_000  # numbers in a tensor of as many seeds as are computed at a time: what a core's cache holds
+COUNTED = 4  # every so many rollouts, statistics by bucket are taken
 STD = 1e-4  # added to a group's standard deviation, as TRL does
 ADAM_EPS = 1e-8
 
-Watch = Callable[[int, Tensor], None]
 Tell = Callable[[float], None]
 
 
@@ -45,7 +46,7 @@ class Trace:
         active: sampled tokens with A not 0, summed over updates.
         kept: sum of max(0, c sgn A) over updates.
         free: sum of |r A| over updates.
-        stats: what the clip did at the last update of each rollout, all seeds together.
+        stats: what the clip did at the last update of every fourth rollout, all seeds together.
     """
 
     entropy: Tensor
@@ -63,20 +64,20 @@ class Trace:
     @classmethod
     def join(cls, parts: list[Trace]) -> Trace:
         """Return the traces of several lots of seeds as one."""
-        names = [f.name for f in fields(cls) if f.name != "stats"]
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, stats=add(parts))
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
+        return cls(**joined, stats=add([part.stats for part in parts]))
 
 
-def add(parts: list[Trace]) -> ClipStats:
-    """Return the sum of the traces' statistics."""
-    total = parts[0].stats
-    for part in parts[1:]:
-        total = total + part.stats
-    return total
+COLUMNS = tuple(f.name for f in fields(Trace) if f.name != "stats")
+
+
+def add(parts: list[ClipStats]) -> ClipStats:
+    """Return the sum of some statistics."""
+    return functools.reduce(ClipStats.__add__, parts)
 
 
 def start_logps(setting: Setting) -> Tensor:
-    """Return the log-probabilities with which every state starts: good actions first, the decent one, the rest; (K,)."""
+    """Return the log-probabilities with which every state starts: good actions, the decent one, the rest; (K,)."""
     firsts: list[float] = []
     if setting.reward != "noise":
         firsts = [setting.good_p] * setting.good + ([setting.decent_p] if setting.decent_p > 0 else [])
@@ -107,8 +108,8 @@ def simulate(setting: Setting, clip: Clip, watch: Watch | None = None, tell: Tel
     Args:
         setting: the setting; its own arms are not looked at.
         clip: the clip.
-        watch: called after every update with its number, from 1, and the seeds' log-probabilities, (seeds, L, K), of a
-            lot of seeds at a time.
+        watch: called before every update, for a lot of seeds at a time, with its number in the rollout, from 0, the
+            seeds' log-probabilities, (seeds, L, K), and the samples that it takes.
         tell: called with the share that is done.
 
     Returns:
@@ -149,8 +150,13 @@ class Rollout:
 
     def part(self, start: int, end: int) -> Rollout:
         """Return the samples from `start` to `end`."""
-        taken = (x[..., start:end] for x in (self.actions, self.old, self.advantages, self.rewards))
-        return Rollout(*taken, self.log_old)
+        actions, old, advantages, rewards = (
+            x[..., start:end] for x in (self.actions, self.old, self.advantages, self.rewards)
+        )
+        return Rollout(actions, old, advantages, rewards, self.log_old)
+
+
+Watch = Callable[[int, Tensor, Rollout], None]
 
 
 def look(clip: Clip, batch: Rollout, log_pi: Tensor) -> Iterator[Tokens]:
@@ -242,22 +248,19 @@ class _Runs:
         """Run all rollouts."""
         setting, log_pi = self.setting, self.logits.log_softmax(-1)
         policies = deque([log_pi], maxlen=setting.staleness + 1)
-        states, moves, work, stats = [self._state(log_pi)], [], [], []
+        states, moves, work = [self._state(log_pi)], [], []
+        stats: list[ClipStats] = []
         for i in range(setting.rollouts):
             clip = self.clip.at(i / max(setting.rollouts - 1, 1))
             rollout = self._sample(policies[0])
-            done, did = self._updates(clip, rollout)
+            done = self._updates(clip, rollout, stats if i % COUNTED == 0 else None)
             before, log_pi = log_pi, self.logits.log_softmax(-1)
             policies.append(log_pi)
             states.append(self._state(log_pi))
             moves.append(torch.stack([*_moved(before, log_pi), _moved(rollout.log_old, log_pi)[0]], -1))
             work.append(done)
-            stats.append(did)
-        total = stats[0]
-        for each in stats[1:]:
-            total = total + each
-        columns = [torch.stack(x, 1).double().unbind(-1) for x in (states, moves, work)]
-        return Trace(*columns[0], *columns[1], *columns[2], total)
+        columns = [x for part in (states, moves, work) for x in torch.stack(part, 1).double().unbind(-1)]
+        return Trace(**dict(zip(COLUMNS, columns, strict=True)), stats=add(stats))
 
     def _state(self, log_pi: Tensor) -> Tensor:
         """Entropy, probability of a good sequence, mass of the tail: (seeds, 3)."""
@@ -280,25 +283,28 @@ class _Runs:
             rewards = self.pays[taken].amin(1)
         advantages = standardise(rewards, setting.group or setting.samples).to(self.dtype)
         shape = (seeds, length, setting.samples)
-        each = [x.to(self.dtype)[:, None].expand(shape).contiguous() for x in (advantages, rewards)]
-        return Rollout(taken, log_old.gather(2, taken), *each, log_old)
+        advantages, rewards = (x.to(self.dtype)[:, None].expand(shape).contiguous() for x in (advantages, rewards))
+        return Rollout(taken, log_old.gather(2, taken), advantages, rewards, log_old)
 
-    def _updates(self, clip: Clip, rollout: Rollout) -> tuple[Tensor, ClipStats]:
-        """Make a rollout's updates; return (seeds, 4) sums of what the clip did, and its statistics at the last."""
+    def _updates(self, clip: Clip, rollout: Rollout, stats: list[ClipStats] | None) -> Tensor:
+        """Make a rollout's updates; return sums of what the clip did, (seeds, 4), and append its statistics."""
         setting, size = self.setting, self.setting.samples // self.setting.minibatches
         done = torch.zeros(len(self.generators), 4, dtype=torch.float64)
         parts = [rollout.part(i, i + size) for i in range(0, setting.samples, size)]
+        signs = [torch.sign(part.advantages) for part in parts]
         for step in range(setting.updates):
             batch, log_pi = parts[step % len(parts)], self.logits.log_softmax(-1)
             views = list(look(clip, batch, log_pi))
             c = [clip.coefficient(tokens) for tokens in views]
-            taken = _unlook(clip, c, batch.actions.shape)
-            done += _did(taken, _unlook(clip, [tokens.weighted for tokens in views], taken.shape), batch.advantages)
-            self.optimizer.step(self.logits, gradient(taken, batch.actions, log_pi))
             if self.watch is not None:
-                self.watch(step + 1, self.logits.log_softmax(-1))
-        stats = [count(clip, tokens, x) for tokens, x in zip(views, c, strict=True)]
-        return done, sum(stats[1:], stats[0])
+                self.watch(step, log_pi, batch)
+            taken = _unlook(clip, c, batch.actions.shape)
+            free = _unlook(clip, [tokens.weighted for tokens in views], taken.shape)
+            done += _did(taken, free, signs[step % len(parts)])
+            self.optimizer.step(self.logits, gradient(taken, batch.actions, log_pi))
+        if stats is not None:
+            stats += [count(clip, tokens, x) for tokens, x in zip(views, c, strict=True)]
+        return done
 
 
 def standardise(rewards: Tensor, group: int) -> Tensor:
@@ -325,13 +331,12 @@ def gradient(c: Tensor, actions: Tensor, log_pi: Tensor) -> Tensor:
     return taken - log_pi.exp() * taken.sum(-1, keepdim=True)
 
 
-def _did(c: Tensor, weighted: Tensor, advantages: Tensor) -> Tensor:
-    """Return (seeds, 4): tokens without a gradient, tokens with an advantage, gradient kept, gradient without a clip."""
-    sign = torch.sign(advantages)
+def _did(c: Tensor, weighted: Tensor, sign: Tensor) -> Tensor:
+    """Return (seeds, 4): tokens without a gradient, with an advantage, gradient kept, gradient without a clip."""
     active = sign.abs()
-    zero = (c == 0).to(c.dtype) * active
-    kept, free = (c * sign).clamp_(min=0.0), weighted.abs()
-    return torch.stack([x.sum((1, 2)) for x in (zero, active, kept, free)], -1).double()
+    zero = torch.eq(c, 0.0, out=torch.empty_like(c)).mul_(active)  # a float at once: three times as fast as a bool
+    kept = (c * sign).clamp_(min=0.0)
+    return torch.stack([x.sum((1, 2)) for x in (zero, active, kept, weighted * sign)], -1).double()
 
 
 def _moved(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

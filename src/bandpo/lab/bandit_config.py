@@ -73,6 +73,7 @@ class Setting:
         betas: Adam's.
         dtype: in which it is computed.
         reference: the arm with which the others are compared.
+        contrasts: pairs of arms (one, against the other) that the study is about.
     """
 
     name: str
@@ -99,10 +100,11 @@ class Setting:
     betas: tuple[float, float] = (0.9, 0.999)
     dtype: str = "float32"
     reference: str = ""
+    contrasts: tuple[tuple[str, str], ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """Return the numbers of the setting by name, without arms and texts, those of no meaning left out."""
-        skipped = {"name", "arms", "question", *(VALUED if self.reward == "noise" else ())}
+        skipped = {"name", "arms", "question", "reference", "contrasts", *(VALUED if self.reward == "noise" else ())}
         skipped |= {"betas"} if self.optimizer == "sgd" else set()
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
 
@@ -203,8 +205,9 @@ def choose(study: Study, names: Iterable[str], seeds: int | None = None) -> Stud
             raise InputError(f"--setting {name}: must be one of {known}{nearest(name, study.settings)}")
     if seeds is not None:
         _whole("--seeds", seeds, *BOUNDS["seeds"])
-    change = {} if seeds is None else {"seeds": seeds}
-    kept = {name: dataclasses.replace(study.settings[name], **change) for name in dict.fromkeys(wanted)}
+    kept = {name: study.settings[name] for name in wanted}
+    if seeds is not None:
+        kept = {name: dataclasses.replace(setting, seeds=seeds) for name, setting in kept.items()}
     return dataclasses.replace(study, settings=kept)
 
 
@@ -213,7 +216,7 @@ def make_setting(name: str, data: object, source: str = "the settings") -> Setti
 
     Args:
         name: of the setting.
-        data: a mapping of its keys, which are the arguments of `Setting`, with arms as name -> {clip, clip_args, group}.
+        data: a mapping of its keys, the arguments of `Setting`, with arms as name -> {clip, clip_args, group}.
         source: where it is from, for messages.
 
     Returns:
@@ -228,13 +231,12 @@ def make_setting(name: str, data: object, source: str = "the settings") -> Setti
     for key in ("reward", "arms"):
         if key not in given:
             raise InputError(f"{where} has no {key}: must have one; {_HOW[key]}")
-    values = {key: _value(f"{where}.{key}", key, x) for key, x in given.items() if key not in ("arms", "reference")}
+    named = ("arms", "reference", "contrasts")
+    values = {key: _value(f"{where}.{key}", key, x) for key, x in given.items() if key not in named}
     values["arms"] = _arms(where, given["arms"])
     names = [arm.name for arm in values["arms"]]
-    values["reference"] = given.get("reference", names[0])
-    if values["reference"] not in names:
-        said = values["reference"]
-        raise InputError(f"{where}.reference={said!r}: must be one of {', '.join(names)}{nearest(said, names)}")
+    values["reference"] = _arm(f"{where}.reference", given.get("reference", names[0]), names)
+    values["contrasts"] = _contrasts(f"{where}.contrasts", given.get("contrasts", []), names)
     setting = Setting(name=name, **values)
     _together(where, setting, given)
     return setting
@@ -309,6 +311,23 @@ def _arms(where: str, data: object) -> tuple[Arm, ...]:
         made = {"clip": spec["clip"], "clip_args": dict(clip_args)}
         arms.append(Arm(str(name), clip, made, _text(f"{place}.group", spec.get("group", ""))))
     return tuple(arms)
+
+
+def _contrasts(where: str, x: object, names: list[str]) -> tuple[tuple[str, str], ...]:
+    """Check the pairs of arms."""
+    if not isinstance(x, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in x):
+        raise InputError(f"{where}={x!r}: must be a list of pairs of arms, as in [[band, fixed]]")
+    pairs = tuple((_arm(where, one, names), _arm(where, other, names)) for one, other in x)
+    for one, other in pairs:
+        if one == other:
+            raise InputError(f"{where}: {one!r} is compared with itself; name two arms")
+    return pairs
+
+
+def _arm(where: str, said: object, names: list[str]) -> str:
+    if not isinstance(said, str) or said not in names:
+        raise InputError(f"{where}={said!r}: must be one of the arms {', '.join(names)}{nearest(said, names)}")
+    return said
 
 
 def _mapping(where: str, x: object) -> Mapping[str, Any]:
