@@ -21,7 +21,7 @@ SKYRL_NEEDS ?= numpy ray==2.60.0 pydantic cloudpathlib jaxtyping loguru omegacon
 export HF_HUB_OFFLINE ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-verl test-skyrl python312 check bench gpu bench-gpu bench-verl docs format clean
+.PHONY: demo test test-verl test-skyrl python312 check bench gpu bench-gpu bench-verl docs dist format clean
 
 demo: $(READY)
 	$(BIN)/bandpo train demo
@@ -46,6 +46,8 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(BIN)/python -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 # Half an hour; every table and file in benchmarks/results but verl's, the audit's and a GPU's.
@@ -69,12 +71,17 @@ bench-verl: $(VERL_READY)
 docs: $(READY)
 	$(BIN)/python -m mkdocs serve
 
+# The wheel and the source archive, in dist/.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) $(SKYRL_VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VERL_VENV) $(SKYRL_VENV) runs site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
