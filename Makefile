@@ -57,6 +57,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/safety.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_trl_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_torchrl_step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_monitor.py
 
 # On a machine with a GPU, PyTorch and Triton, without network or virtual environment; says what it had to leave out.
 gpu:

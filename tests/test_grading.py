@@ -244,6 +244,8 @@ def test_everything_else_is_refused(text):
         ([{"role": "assistant", "content": "1"}, {"role": "assistant", "content": "0003"}], "0003"),
         ([{"role": "assistant", "content": [{"type": "text", "text": "00"}, {"type": "text", "text": "03"}]}], "0003"),
         ([{"role": "assistant", "content": [{"type": "image", "image": 1}, {"type": "text", "text": "0003"}]}], "0003"),
+        ([{"role": "assistant", "content": [{"type": "output_text", "text": "0003"}]}], "0003"),
+        ([{"role": "assistant", "content": [{"type": "reasoning", "text": "4?"}, "0003"]}], "0003"),
         ([{"role": "user", "content": "0003"}], ""),
         ([], ""),
     ],

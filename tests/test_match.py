@@ -1,12 +1,16 @@
 """Matched radii by what they are matched to, counted and integrated independently."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from truth.bounds import NAMES
+from truth.coefficients import g
 
 import bandpo
+from bandpo import cli
 
 
 def tokens(rows=8, columns=50):
@@ -99,3 +103,76 @@ def test_ties_stay_together():
     logps = old + torch.tensor([0.5, 0.5, 0.5, 0.4, 0.1, 0.1, 0.0, 0.0])
     for share, outside in ((0.3, 3), (0.5, 4), (0.7, 6)):
         assert (~bandpo.in_band(logps, old, bandpo.match_delta(share, old, logps))).sum() == outside
+
+
+# ---------------------------------------------------------------- the command
+
+LOG = Path(__file__).parent.parent / "examples" / "logs" / "gap.parquet"
+
+
+def run(capsys, *words):
+    code = cli.main(["match", *words])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_gives_the_radius_whose_bound_is_the_clips(capsys):
+    points = [0.01, 0.5, 0.7, 0.9]
+    words = ["--eps", "0.2", "--eps_high", "0.28", "--p", *map(str, points), "--divergence", "kl", "tv", "chi2"]
+    code, out, _ = run(capsys, *words, "--json")
+    found = json.loads(out)
+    assert code == 0 and [row["p"] for row in found["rows"]] == points
+    for row in found["rows"]:
+        p = row["p"]
+        assert (row["low"], row["high"]) == (pytest.approx(0.8), pytest.approx(1.28))
+        for side, r in (("below", 0.8), ("above", 1.28)):
+            for name, radius in row[side].items():
+                if r * p >= 1:
+                    assert radius is None
+                else:
+                    assert radius == pytest.approx(g(name, p, r), rel=1e-6), (name, p, r)
+    for name, radius in found["mean_width"].items():
+        bounds = bandpo.band(torch.tensor(points).log(), radius, name)
+        width = sum(p * (min(h, 1 / p) - low) for p, low, h in zip(points, bounds.low, bounds.high, strict=True))
+        assert float(width) == pytest.approx(sum(p * (min(1.28, 1 / p) - 0.8) for p in points), rel=1e-4)
+    text = run(capsys, *words)[1]
+    assert "There is no single answer" in text and text.count("beyond") == 3 + 1
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_the_command_matches_on_tokens_what_explain_says(capsys):
+    says = {
+        "0.2": "without gradient",
+        "clip_higher": "without gradient",
+        "sapo": "gradient taken",
+        "gspo": "nothing matches",
+    }
+    for words in (["--eps", "0.2"], ["--clip", "clip_higher"], ["--clip", "sapo"], ["--clip", "gspo"]):
+        code, out, _ = run(capsys, *words, "--tokens", str(LOG), "--json")
+        tokens = json.loads(out)["tokens"]
+        clip = ["--clip", "fixed"] if words[0] == "--eps" else words
+        assert cli.main(["explain", str(LOG), *clip, "--json"]) == code == 0
+        want = json.loads(capsys.readouterr().out)
+        assert tokens["equivalent"] == want["equivalent"] and tokens["count"] == want["counts"]["tokens"]
+        assert (tokens["mean_width"] is None) == (words[-1] in ("sapo", "gspo"))
+        assert says[words[-1]] in run(capsys, *words, "--tokens", str(LOG))[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give --eps 0.2 or --clip NAME"),
+        (["--eps", "0.2", "--clip", "band"], "one of both must be there"),
+        (["--eps", "-1"], "eps_low=-1"),
+        (["--eps_high", "0.3", "--clip", "fixed"], "must come with --eps"),
+        (["--eps", "0.2", "--clip_args.delta", "1"], "must come with --clip NAME"),
+        (["--eps", "0.2", "--p", "1.5"], "--p 1.5: must be a probability"),
+        (["--eps", "0.2", "--p", "nan"], "--p nan: must be a probability"),
+        (["--eps", "0.2", "--divergence", "ch2"], "did you mean 'chi2'?"),
+        (["--clip", "clip_hgher"], "did you mean 'clip_higher'?"),
+        (["--clip", "sapo"], "must be matched on tokens"),
+        (["--eps", "0.2", "--tokens", "no.npz"], "no.npz: no such file"),
+    ],
+)
+def test_what_the_command_refuses(capsys, words, says):
+    code, out, err = run(capsys, *words)
+    assert code == 2 and says in err and err.count("\n") == 1 and out == ""

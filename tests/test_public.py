@@ -34,7 +34,9 @@ def _arguments(thing: object) -> str:
 
 
 def test_public_signatures_are_the_ones_written_down() -> None:
-    assert signatures() == SNAPSHOT.read_text("utf-8"), "python tests/test_public.py writes them down; say it in CHANGELOG"
+    assert signatures() == SNAPSHOT.read_text("utf-8"), (
+        "python tests/test_public.py writes them down; say it in CHANGELOG"
+    )
 
 
 if __name__ == "__main__":

@@ -25,12 +25,13 @@ from bandpo.lab.study.folder import StudyFolder
 from bandpo.lab.study.matrix import plan
 from bandpo.lab.study.outcomes import OUTCOMES
 from bandpo.lab.study.records import Records, RunRecord
+from bandpo.lab.study.short import short_study
 from bandpo.lab.study.whole import emit
 
 RECIPE = {
     "task": "addition", "model": "bandpo/tiny-addition", "num_generations": 4, "per_device_train_batch_size": 8,
-    "steps_per_generation": 4, "max_completion_length": 5, "max_steps": 12, "learning_rate": 1e-3, "loss_type": "dapo",
-    "lr_scheduler_type": "constant", "save_steps": 4, "eval_prompts": 16, "eval_samples": 2, "eval_every": 4,
+    "steps_per_generation": 4, "max_completion_length": 5, "max_steps": 40, "learning_rate": 1e-3, "loss_type": "dapo",
+    "lr_scheduler_type": "constant", "save_steps": 8, "eval_prompts": 16, "eval_samples": 2, "eval_every": 20,
     "use_cpu": True, "threads": 1, "bf16": False, "activation_checkpointing": False,
 }  # fmt: skip
 STUDY = {
@@ -70,7 +71,7 @@ def whole(tmp_path_factory):
     command = [sys.executable, "-m", "bandpo", "study", str(place / "s.yaml"), "--out", str(place / "out"), "--json"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place)
     before = _events(first, until=lambda e: e["event"] == "run" and e["status"] == "done")
-    time.sleep(0.7)  # into the next run
+    _until_it_trains(place / "out" / "runs", but=before[-1]["name"])
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     stamp = {path: path.stat().st_mtime_ns for path in (place / "out" / "runs").glob("*/run.json")}
@@ -88,6 +89,13 @@ def _events(process, until):
     raise AssertionError(process.stderr.read())
 
 
+def _until_it_trains(runs, but):
+    end = time.monotonic() + 120
+    while not any(path.stat().st_size for path in runs.glob("*/metrics.jsonl") if path.parent.name != but):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_a_killed_study_goes_on_and_one_failed_run_stops_nothing(whole):
     made = {e["name"] for e in whole["before"] if e["event"] == "run" and e["status"] == "done"}
     again = {e["name"]: e for e in whole["after"] if e["event"] == "run"}
@@ -99,7 +107,7 @@ def test_a_killed_study_goes_on_and_one_failed_run_stops_nothing(whole):
     assert whole["stamp"][kept] == kept.stat().st_mtime_ns
     found = records.read(whole["out"])
     assert sorted(run.status for run in found.runs) == ["done"] * 6 + ["failed"]
-    assert all(len(run.curves["reward"]) == 3 for run in found.runs if run.status == "done")
+    assert all(len(run.curves["reward"]) == 10 for run in found.runs if run.status == "done")
 
 
 def test_arms_of_a_seed_start_from_one_model(whole):
@@ -120,7 +128,15 @@ def test_a_run_is_what_bandpo_train_makes(whole, tmp_path):
     assert facts["command"] == f"bandpo train {recipe} --out {whole['out']}/runs/{name}"
     assert main(["train", str(recipe), "--out", str(tmp_path / name)]) == 0
     one, other = ((p / name / "metrics.jsonl").read_text() for p in (tmp_path, whole["out"] / "runs"))
-    assert one.count("\n") == 5 and _without_time(one) == _without_time(other)
+    assert one.count("\n") == 11 and _without_time(one) == _without_time(other)
+    # so a study takes what its emitted commands have made
+    folder = StudyFolder(tmp_path / "elsewhere")
+    run = next(run for run in plan(read_study(whole["place"] / "s.yaml"), folder.path) if run.name == name)
+    assert not folder.ended_elsewhere(run)
+    shutil.copytree(tmp_path / name, folder.runs / name)
+    assert folder.ended_elsewhere(run)
+    kept = next(r for r in records.read(whole["out"]).runs if r.key == (run.arm, run.setting, run.seed))
+    assert folder.collect(run).model_copy(update={"seconds": kept.seconds}) == kept
 
 
 def _without_time(text):
@@ -233,6 +249,16 @@ def test_the_plan_pairs_arms_and_emits_one_command_a_run(tmp_path):
     assert keys["none-a-9"]["learning_rate"] == 1e-4 and keys["none-b-4"]["learning_rate"] == 1e-3
     assert keys["none-b-4"]["task_args"] == {"train_size": 64} and keys["none-b-4"]["logging_steps"] == 4
     assert len(plan(study, folder.path, seeds=1)) == 4
+
+
+def test_the_short_form_is_a_study_of_some_clips(tmp_path):
+    study = short_study("demo", [0, 1, 2], ["none", "fixed", "band"])
+    runs = {run.name: run.recipe for run in plan(study, tmp_path)}
+    assert len(runs) == 9 and study.reference_of("main") == "none"
+    assert runs["band-main-2"].clip_args["delta"] == 0.05 and runs["fixed-main-1"].clip_args == {}
+    assert list(short_study("demo", [0]).arms) == ["none", "fixed", "band"]
+    with pytest.raises(InputError, match="names a clip twice"):
+        short_study("demo", [0], ["none", "none"])
 
 
 BASE = "recipe: demo\narms: {none: none, band: {clip: band}}\n"

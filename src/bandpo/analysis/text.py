@@ -46,10 +46,15 @@ def number(x: float | None) -> str:
     return "-" if x is None else f"{x:.3g}"
 
 
+def nearly(same: dict[str, Any]) -> str:
+    """Return "nearly " where an `Explanation.equivalent` misses its share by more than 2 %, else ""."""
+    missed = any(same[key] and abs(same[key]["share"] - same["share"]) > 0.02 * same["share"] for _, key in EQUAL)
+    return "nearly " if missed else ""
+
+
 def taken(same: dict[str, Any]) -> str:
     """Return what an `Explanation.equivalent` takes, in words."""
-    nearly = any(same[key] and abs(same[key]["share"] - same["share"]) > 0.02 * same["share"] for _, key in EQUAL)
-    return ("nearly " if nearly else "") + BY[same["by"]].format(share=percent(same["share"]))
+    return nearly(same) + BY[same["by"]].format(share=percent(same["share"]))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -183,7 +183,7 @@ def _radius(x: float | None) -> str:
 
 
 def _taken(same: dict[str, Any]) -> list[str]:
-    from bandpo.analysis.text import number
+    from bandpo.analysis.text import nearly, number
 
     names = {"band_kl": "Band kl", "band_tv": "Band tv", "band_chi2": "Band chi2", "fixed": "PPO eps"}
     known = [f"{title} {number(same[key]['value'])}" for key, title in names.items() if same[key] is not None]
@@ -191,4 +191,4 @@ def _taken(same: dict[str, Any]) -> list[str]:
         still = same["by"] is None
         why = "no token has moved in the direction of its advantage" if still else "no bound of the ratio takes as much"
         return [f"By what is taken nothing matches: {why}"]
-    return [f"With {BY[same['by']].format(share=100 * same['share'])}:", f"  {', '.join(known)}"]
+    return [f"With {nearly(same)}{BY[same['by']].format(share=100 * same['share'])}:", f"  {', '.join(known)}"]

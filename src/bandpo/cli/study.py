@@ -6,9 +6,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bandpo._input import InputError
+
+if TYPE_CHECKING:
+    from bandpo.lab.study.file import Study
 
 EPILOG = """\
 STUDY.yaml says what is asked, what is run and how it is judged:
@@ -55,15 +58,38 @@ def add_parser(commands: Any) -> None:
 
 def _study(args: argparse.Namespace) -> int:
     from bandpo.lab.study.file import read_study
+
+    for name in ("jobs", "seeds"):
+        if (value := getattr(args, name)) is not None and not 1 <= value <= 10_000:
+            raise InputError(f"--{name} {value}: must be a whole number from 1 to 10000")
+    return _run(read_study(args.file), args)
+
+
+def short_form(args: argparse.Namespace) -> int:
+    """Run `bandpo train RECIPE --seeds 0 1 2 --compare none,fixed,band` as a study.
+
+    Args:
+        args: recipe, seeds, compare (clips with commas, or None), out, overrides and json.
+
+    Returns:
+        Exit code.
+    """
+    from bandpo.lab.study.short import short_study
+
+    clips = args.compare.split(",") if isinstance(args.compare, str) else []
+    study = short_study(args.recipe, args.seeds, clips)
+    given = {"jobs": 1, "seeds": None, "device": None, "emit": False, "resume": False, "report": None}
+    out = args.out or Path("runs") / f"{study.name}-study"
+    return _run(study, argparse.Namespace(**{**given, "out": out, "overrides": args.overrides, "json": args.json}))
+
+
+def _run(study: Study, args: argparse.Namespace) -> int:
     from bandpo.lab.study.folder import StudyFolder
     from bandpo.lab.study.matrix import plan
     from bandpo.lab.study.show import showing
     from bandpo.lab.study.whole import emit, finish, make
 
-    for name in ("jobs", "seeds"):
-        if (value := getattr(args, name)) is not None and not 1 <= value <= 10_000:
-            raise InputError(f"--{name} {value}: must be a whole number from 1 to 10000")
-    study, folder = read_study(args.file), StudyFolder(args.out.absolute())
+    folder = StudyFolder(args.out.absolute())
     if args.resume and not folder.has_run():
         raise InputError(f"--resume: there is no study in {args.out}; name its folder with --out")
     words = list(args.overrides)
@@ -71,11 +97,14 @@ def _study(args: argparse.Namespace) -> int:
         words += ["--use_cpu", "true" if args.device == "cpu" else "false"]
     runs = plan(study, folder.path, words, args.seeds)
     if args.emit:
-        for line in emit(study, folder, runs, words, jobs=args.jobs):
-            print(line)
+        print("\n".join(emit(study, folder, runs, words, jobs=args.jobs)))
         return 0
-    with showing(folder, runs, as_json=args.json) as shown:
-        work = make(study, folder, runs, words, jobs=args.jobs, tell=shown.tell, watch=shown.watch, note=shown.note)
+    try:
+        with showing(folder, runs, as_json=args.json) as shown:
+            work = make(study, folder, runs, words, jobs=args.jobs, tell=shown.tell, watch=shown.watch, note=shown.note)
+    except KeyboardInterrupt:
+        print("bandpo: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 1
     result = finish(folder, work, args.report)
     print(json.dumps(result, allow_nan=False) if args.json else shown.closing(result))
     for name, why in work.failed.items():

@@ -84,7 +84,7 @@ def bands(
 
 
 def _window(curves: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The lines and their bands, but of wide bands, as of two seeds, no more than the lines' own height on each side."""
+    """The lines with their bands; of bands as wide as two seeds have, only as much as the lines are high, each side."""
     lines = [v for c in curves for v in c["value"] if v is not None]
     ends = [v for c in curves for v in (*c["low"], *c["high"]) if v is not None]
     low, high = min(lines), max(lines)
