@@ -261,6 +261,11 @@ def test_the_short_form_is_a_study_of_some_clips(tmp_path):
         short_study("demo", [0], ["none", "none"])
 
 
+def test_clips_to_compare_belong_to_several_seeds(capsys):
+    assert main(["train", "demo", "--compare", "none,fixed"]) == 2
+    assert "--seeds 0 1 2" in capsys.readouterr().err
+
+
 BASE = "recipe: demo\narms: {none: none, band: {clip: band}}\n"
 
 

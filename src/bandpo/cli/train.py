@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bandpo.cli import _run
+from bandpo._input import InputError
+from bandpo.cli import _run, study
 
 SMOKE = ["--max_steps=2", "--eval_prompts=4", "--eval_samples=1", "--eval_every=0"]
 EPILOG = """\
@@ -32,6 +33,7 @@ examples:
   bandpo train runs/narrower/recipe.yaml --seed 1 --out runs/seed1
   bandpo train demo --out runs/narrower --resume
   bandpo train demo --out runs/fixed --resume --max_steps 2560
+  bandpo train demo --seeds 0 1 2 --compare none,fixed,band --out runs/study
 """
 
 
@@ -46,13 +48,30 @@ def add_parser(commands: Any) -> None:
         epilog=EPILOG,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="demo, smollm2, or a YAML file")
-    parser.add_argument("--compare", action="store_true", help="train without a clip and with the fixed one as well")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CLIPS",
+        help="train without a clip and with the fixed one as well; with --seeds, the clips: none,fixed,band",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="a study: every clip with each of these seeds"
+    )
     parser.add_argument("--warmup", action="store_true", help="make the tiny model's warm-up checkpoint first")
     parser.add_argument("--smoke", action="store_true", help="two optimiser steps: does everything fit together?")
     _run.add_run_options(parser, _train)
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.seeds:
+        return study.short_form(args)
+    if isinstance(args.compare, str):
+        raise InputError(
+            f"--compare {args.compare}: clips are for several seeds, as in --seeds 0 1 2 --compare none,fixed,band; "
+            "without --seeds give --compare alone, after the recipe"
+        )
     words = [*(SMOKE if args.smoke else []), *args.overrides]
     suffix = "-smoke" if args.smoke else ""
     return _run.run(args, "trl", words, flags=("compare", "warmup", "smoke"), suffix=suffix)
