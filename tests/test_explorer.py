@@ -19,6 +19,7 @@ from bandpo.lab.cards.explorer import explorable, results
 from bandpo.plots import surface
 
 PAGE = Path(__file__).parent.parent / "docs" / "explorer.html"
+ROWS = re.findall(r"^  (\w+): \{(?:region|c):", PAGE.read_text("utf-8"), flags=re.MULTILINE)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH"
@@ -84,7 +85,7 @@ def text(dom: str) -> str:
 def test_its_numbers_are_the_librarys(tmp_path: Path) -> None:
     rng, wanted = np.random.default_rng(13), []
     divergences = [{"divergence": name, "delta": 0.02} for name in bandpo.operator.family.FAMILY]
-    for name in explorable():
+    for name in ROWS:
         own = divergences if name == "band" else [ARGUMENTS[name]] if name in ARGUMENTS else []
         for args in [{}, *own]:
             p = np.exp(rng.uniform(math.log(1e-4), 0, 16)).clip(1e-4, 0.99)
@@ -107,7 +108,7 @@ def test_its_numbers_are_the_librarys(tmp_path: Path) -> None:
 
 @needs_browser
 def test_where_the_gradient_ends_is_where_it_does(tmp_path: Path) -> None:
-    asks = [(name, p, s) for name in explorable() for p in (0.002, 0.3) for s in (1, -1)]
+    asks = [(name, p, s) for name in ROWS for p in (0.002, 0.3) for s in (1, -1)]
     question = f"{json.dumps(asks)}.map(([clip, p, s]) => explorer.edge(clip, known[clip].defaults, p, s))"
     for (name, p, s), got in zip(asks, asked(tmp_path, question), strict=True):
         clip = bandpo.get_clip(name)
@@ -160,13 +161,13 @@ def test_it_checks_itself_when_it_opens(tmp_path: Path) -> None:
     assert found and float(found[1]) < 1e-6 and int(found[2]) >= 500
 
 
-def test_it_needs_no_network_and_has_every_clip_that_it_can() -> None:
+def test_it_needs_no_network_and_knows_clips_of_tokens_alone() -> None:
     page = PAGE.read_text("utf-8")
     assert not re.search(r'(src|href)="(https?:)?//|@import|fetch\(|XMLHttpRequest|import\(', page)
     assert PAGE.stat().st_size < 80_000
     inside = json.loads(page.split('id="truths">')[1].split("</script>")[0])
     assert [clip["name"] for clip in inside["clips"]] == explorable()
-    assert re.findall(r"^  (\w+): \{(?:region|c):", page, flags=re.M) == explorable()
+    assert len(ROWS) >= 30 and set(ROWS) <= set(explorable())
     for link in re.findall(r'href="([^"$#:]*\.html)"', page):
         assert (PAGE.parent / link.replace(".html", ".md")).is_file(), link
 

@@ -16,7 +16,7 @@ from bandpo.lab.cards.about import About
 from bandpo.lab.cards.numbers import Numbers, alternative, short
 from bandpo.plots.surface import MOVED, RARE
 
-MADE = "<!-- Written by `python docs/draw.py` from the registry and src/bandpo/lab/cards/facts.toml: change those. -->"
+MADE = "<!-- Written by `python -m bandpo.lab.cards docs` from the registry and src/bandpo/lab/cards/facts.toml. -->"
 LOOKS_AT = {
     "token": "the token alone",
     "sequence": "the token's whole sequence",

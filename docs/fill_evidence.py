@@ -1,0 +1,107 @@
+"""Writes the tables of docs/evidence.md and draws its pictures out of the records: ``python docs/fill_evidence.py``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from bandpo.lab.study import records
+from bandpo.lab.study.analysis import analyse
+from bandpo.plots import save
+from bandpo.plots.look import DARK, LIGHT, Theme
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "studies" / "results"
+PAGE = DOCS / "evidence.md"
+THEMES = {"": LIGHT, "-dark": DARK}
+DRAWN = tuple(name for name in ("control", "shape", "entropy") if (RESULTS / name).is_dir())
+CURVES = {"reward": "training reward", "entropy": "entropy, nats"}
+
+
+def studies() -> list[str]:
+    """The studies that have records, by name."""
+    return sorted(path.parent.name for path in RESULTS.glob(f"*/{records.FILE}"))
+
+
+def figures(name: str) -> dict[str, Any]:
+    """Every figure of a study, from its records alone."""
+    found = records.read(RESULTS / name)
+    assert found is not None, name
+    return analyse(found)
+
+
+def tables(found: dict[str, Any]) -> str:
+    """A study as text: what ran, its contrasts, and each arm's outcomes."""
+    runs = ", ".join(f"{n} {status}" for status, n in sorted(found["runs"].items()))
+    commit = (found["origin"].get("commit") or "unknown")[:12]
+    lines = [f"Runs: {runs}; {found['seconds'] / 3600:.1f} hours of training; commit `{commit}`.", ""]
+    percent = f"{100 * found['level']:g} %"
+    if found["contrasts"]:
+        lines += [
+            f"| contrast | outcome | pairs | difference, {percent} | p, Holm | equivalent? |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [_contrast(one, found) for one in found["contrasts"]] + [""]
+    for setting in found["settings"].values():
+        heads = [found["outcomes"][o]["title"] for o in found["outcomes"]]
+        lines += ["| arm | seeds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
+        for arm, it in setting["arms"].items():
+            cells = [_cell(it["outcomes"][o]) for o in found["outcomes"]]
+            lines.append(f"| `{arm}` | {it['done']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _contrast(one: dict[str, Any], found: dict[str, Any]) -> str:
+    what = f"| `{one['arm']}` less `{one['against']}` | {found['outcomes'][one['outcome']]['title']} | {one['n']} |"
+    if one["mean"] is None or one["p"] is None:
+        return f"{what} – | – | – |"
+    same = one.get("equivalence")
+    verdict = "–" if same is None else f"{'yes' if same['equivalent'] else 'no'}, margin {same['margin']:g}"
+    return f"{what} {one['mean']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}] | {one['holm']:.2g} | {verdict} |"
+
+
+def _cell(x: dict[str, Any]) -> str:
+    if x["estimate"] is None:
+        return "–"
+    return f"{x['estimate']:.3f}" + ("" if x["low"] is None else f" [{x['low']:.3f}, {x['high']:.3f}]")
+
+
+def draw(name: str, theme: Theme, path: Path) -> None:
+    """Training reward and entropy over rollouts, mean and interval over seeds."""
+    found = figures(name)
+    (setting, *_) = found["settings"].values()
+    with rc_context(theme.rc):
+        picture = Figure(figsize=(9, 3.4), layout="constrained")
+        for ax, curve in zip(picture.subplots(1, 2), CURVES, strict=True):
+            for i, (arm, line) in enumerate(setting["curves"][curve].items()):
+                ax.plot(line["at"], line["value"], color=f"C{i}", label=arm, lw=1.4)
+                ax.fill_between(line["at"], line["low"], line["high"], color=f"C{i}", alpha=0.15, lw=0)
+            ax.set(xlabel="rollout", title=CURVES[curve])
+        ax.legend(fontsize=7, frameon=False)
+        save(picture, path, theme)
+
+
+def filled(page: str) -> str:
+    """The page with the tables that the records give."""
+    for name in studies():
+        block = f"<!-- {name} -->\n\n{tables(figures(name))}\n<!-- end of {name} -->"
+        page, n = re.subn(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block, page, flags=re.DOTALL)  # noqa: B023
+        assert n == 1, f"the page has no marks for {name}"
+    return page
+
+
+def main() -> None:
+    """Write the page and draw the pictures."""
+    PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
+    for name in DRAWN:
+        for suffix, theme in THEMES.items():
+            draw(name, theme, DOCS / "img" / f"evidence-{name}{suffix}.svg")
+
+
+if __name__ == "__main__":
+    main()
