@@ -582,6 +582,7 @@ def test_the_page_holds_the_numbers_and_fetches_nothing(capsys: pytest.CaptureFi
     assert "no region by probability" in page.text
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
 @pytest.mark.parametrize("count", [2_000_000])
 def test_memory_stays_below_a_gigabyte(tmp_path: Path, count: int) -> None:
     random = np.random.default_rng(0)
@@ -589,12 +590,13 @@ def test_memory_stays_below_a_gigabyte(tmp_path: Path, count: int) -> None:
     arrays = {"old_logps": old, "logps": np.minimum(old + 0.1, 0), "advantages": random.standard_normal(len(old))}
     np.savez(tmp_path / "large.npz", **arrays)  # type: ignore[arg-type]
     code = (
-        "import resource, sys; from bandpo import cli; "
+        "import sys; from bandpo import cli; "
         f"cli.main(['explain', {str(tmp_path / 'large.npz')!r}, '--json']); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["counts"]["tokens"] == count and int(done.stderr.split()[-1]) < 1e6  # kilobytes
+    # kilobytes; ru_maxrss would count the process that started this one
+    assert json.loads(done.stdout)["counts"]["tokens"] == count and int(done.stderr.split()[-1]) < 1e6
 
 
 # ---------------------------------------------------------------- the page of the documentation
