@@ -1,6 +1,7 @@
 """Bad input to the core: one line that names the argument, the value, what is allowed and the way out."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -88,3 +89,53 @@ def test_a_foreign_divergence_is_shown_its_wrapper():
 def test_misspelt_keywords_of_functions_are_python_errors():
     with pytest.raises(TypeError, match="dleta"):
         bandpo.band(X, dleta=0.1)
+
+
+@pytest.mark.parametrize("given", [{"clip": "fixed"}, {1: 2}, "delta", ["delta"]])
+def test_arguments_of_a_clip_are_a_dict_of_names(given):
+    logps, old = torch.tensor([[-1.0]]), torch.tensor([[-1.1]])
+    with pytest.raises(bandpo._input.InputError, match="clip_args="):
+        bandpo.clip_advantages(logps, old, torch.ones(1), clip="band", clip_args=given)
+
+
+def test_a_schedules_shape_is_a_name_and_its_clip_can_be_pickled():
+    with pytest.raises(bandpo._input.InputError, match="shape"):
+        bandpo.get_clip("band", delta={"start": 0.2, "end": 0.02, "shape": []})
+    clip = pickle.loads(pickle.dumps(bandpo.get_clip("band", delta={"start": 0.2, "end": 0.02})))
+    assert clip.at(1.0) == bandpo.Band(delta=0.02)
+
+
+@pytest.mark.parametrize("clip", [name for name in bandpo.list_clips() if name not in ("topr", "dppo_topk")])
+def test_no_tokens_and_half_precision_give_finite_numbers(clip):
+    none = torch.zeros(3, 0)
+    assert bandpo.clip_advantages(none, none.clone(), none, clip=clip, entropies=none).shape == (3, 0)
+    far = torch.tensor([[-13.0, -14.0]]).half(), torch.tensor([[-0.5, -0.1]]).half()
+    given = bandpo.clip_advantages(*far, torch.tensor([[1.0, -1.0]]).half(), clip=clip, entropies=torch.ones(1, 2))
+    assert torch.isfinite(given).all()
+
+
+def test_the_mean_of_no_tokens_is_0_and_aggregate_checks_its_arguments():
+    none = torch.zeros(3, 0)
+    assert bandpo.policy_loss(none, none.clone(), none).loss == 0
+    for wrong in ({"aggregation": "mean"}, {"normalizer": -2}):
+        with pytest.raises(bandpo._input.InputError):
+            bandpo.aggregate(torch.ones(2, 3), None, **wrong)
+
+
+def test_a_token_that_was_not_sampled_by_the_engine_has_ratio_1_to_it():
+    logps, old = torch.tensor([[-1.0, -1.1]]), torch.tensor([[-1.1, -1.2]])
+    for how in ({"anchor": "both"}, {"importance_sampling_mode": "token_truncate"}):
+        unknown, same = (
+            bandpo.policy_loss(logps, old, torch.ones(1, 2), rollout_logps=x, **how).loss
+            for x in (torch.tensor([[math.nan, -2.0]]), torch.tensor([[-1.1, -2.0]]))
+        )
+        assert unknown == same and math.isfinite(unknown)
+
+
+@pytest.mark.parametrize("clip", ["sapo", "gspo", "cispo", "dppo_tv"])
+def test_a_token_that_became_impossible_makes_no_nan_in_a_host(clip):
+    from bandpo.engines._adapter import shape
+
+    logps = torch.tensor([[-math.inf, -1.0]])
+    found = shape(bandpo.get_clip(clip), logps, torch.tensor([[-1.0, -1.2]]), torch.ones(1, 2), torch.ones(1, 2))
+    assert torch.isfinite(torch.exp(logps - found.old_logps) * found.advantages).all()

@@ -148,6 +148,7 @@ HOSTS = [
     ({"loss_type": "cispo"}, bandpo.get_clip("cispo", eps_high=-0.8)),  # TRL's own default cuts every ratio to 0.2
     ({"epsilon_high": 0.28}, bandpo.Fixed(0.2, 0.28)),
     ({"delta": 3.0}, bandpo.get_clip("dual_clip", cap=3.0)),
+    ({"delta": 1.1}, bandpo.get_clip("dual_clip", eps_high=1.1 - 1, cap=1.1)),
     ({"importance_sampling_level": "sequence", "epsilon": 3e-4}, bandpo.get_clip("gspo", eps_high=3e-4)),
     ({"loss_type": "vespo"}, bandpo.get_clip("vespo")),
 ]
@@ -256,3 +257,39 @@ def test_the_config_takes_a_clip_from_a_command_line(tmp_path):
     words = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--clip", "dgpo", "--clip_args"]
     (config,) = HfArgumentParser(BandGRPOConfig).parse_args_into_dataclasses([*words, '{"region": {"clip": "band"}}'])
     assert isinstance(config, GRPOConfig) and config.clip == "dgpo" and config.clip_args == {"region": {"clip": "band"}}
+
+
+class Half:
+    """A clip that acts at r = 1 too."""
+
+    def coefficient(self, tokens):
+        return tokens.weighted / 2
+
+
+def test_a_clip_acts_where_a_rollout_feeds_one_update(tmp_path):
+    seen = []
+
+    class Seen(BandGRPOTrainer):
+        def _exchange(self, inputs):
+            before = inputs["advantages"].unsqueeze(1)
+            super()._exchange(inputs)
+            miss = (inputs["advantages"] - before / 2) * inputs["completion_mask"]
+            seen.append(miss.abs().max().item())
+
+    one = {"num_iterations": 1, "steps_per_generation": 1, "gradient_accumulation_steps": 1}
+    with pytest.warns(UserWarning, match="every ratio is 1"):
+        trainer = make_trainer(tmp_path, Seen, clip=Half(), max_steps=2, **one)
+    trainer.train()
+    assert len(seen) >= 2 and max(seen) < 1e-6
+    kept = [entry["clip/gradient_kept"] for entry in trainer.state.log_history if "clip/gradient_kept" in entry]
+    assert kept and kept == pytest.approx([0.5] * len(kept))
+
+
+def test_trls_ceiling_beside_a_region_is_counted(tmp_path):
+    from bandpo.engines._trl_config import Below
+
+    logps, old = torch.log(torch.tensor([[0.5, 0.2]])), torch.log(torch.tensor([[0.25, 0.15]]))
+    tokens = bandpo.Tokens(logps, old, torch.ones(1))
+    wide = bandpo.Band(delta=0.5)
+    assert (Below(wide, 1.5).coefficient(tokens) != 0).tolist() == [[False, True]]
+    assert (wide.coefficient(tokens) != 0).all()

@@ -228,3 +228,14 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def as_arguments(clip_args: object) -> dict[str, Any]:
+    """Return the arguments of a clip as `get_clip` takes them, checked to be a mapping of names; {} for None."""
+    if clip_args is None:
+        return {}
+    if not isinstance(clip_args, Mapping) or not all(isinstance(key, str) for key in clip_args):
+        raise InputError(f"clip_args={clip_args!r}: must be a dict of names; write clip_args={{'delta': 0.05}}")
+    if "clip" in clip_args:
+        raise InputError(f"clip_args={dict(clip_args)!r}: 'clip' must be left out, it is named beside clip_args")
+    return dict(clip_args)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo._input import InputError, as_mask, check_tensor, per_token
+from bandpo._input import InputError, as_arguments, as_mask, check_tensor, per_token
 from bandpo.analysis.advice import advise
 from bandpo.analysis.entropy import Entropy, logit_step, natural_gradient
 from bandpo.analysis.explanation import Explanation
@@ -104,7 +104,7 @@ class Explainer:
     ) -> None:
         if batch is not None and (not isinstance(batch, int) or batch < 1):
             raise InputError(f"batch={batch!r}: must be a whole number of sequences of at least 1, or None")
-        self.clip: Clip = anchored(get_clip(clip, **(clip_args or {})), anchor).at(0.0)
+        self.clip: Clip = anchored(get_clip(clip, **as_arguments(clip_args)), anchor).at(0.0)
         self.batch, self.seen, self.padding = batch, 0, 0
         self.stats: ClipStats | None = None
         self.sanity, self.reached, self.others = Sanity(), Reached(), Others() if others else None

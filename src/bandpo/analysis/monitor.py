@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bandpo._input import as_arguments
 from bandpo.clips import get_clip
 from bandpo.clips.anchored import anchored
 from bandpo.clips.base import Clip
@@ -39,7 +40,7 @@ class Monitor:
     def __init__(
         self, clip: object = "band", clip_args: Mapping[str, Any] | None = None, *, anchor: str = "old"
     ) -> None:
-        self.clip: Clip = anchored(get_clip(clip, **(clip_args or {})), anchor)
+        self.clip: Clip = anchored(get_clip(clip, **as_arguments(clip_args)), anchor)
         self.sums = torch.zeros(len(SIGNS), len(BUCKETS), len(FIELDS), dtype=torch.float64)
         self.maxima = torch.zeros(len(SIGNS), len(BUCKETS), len(MEASURES))
         self._empty = True

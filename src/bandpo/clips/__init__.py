@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bandpo._input import InputError, check_keywords, is_import_path, load_object, nearest
+from bandpo._input import InputError, as_arguments, check_keywords, is_import_path, load_object, nearest
 from bandpo.clips.anchored import ANCHORS as ANCHORS
 from bandpo.clips.anchored import anchored as anchored
 from bandpo.clips.archer import Archer
@@ -159,12 +160,12 @@ def _make(clip: str, clip_args: Mapping[str, Any]) -> Clip:
             "(path/to/file.py:name), or a clip of your own"
         )
     check_keywords(f"clip {clip!r}", kind, clip_args)
-    args = {**values, **clip_args}
-
-    def make(**args: Any) -> Clip:
-        return _as_clip(kind(**{key: _nested(key, value, kind) for key, value in args.items()}))
-
+    args, make = {**values, **clip_args}, partial(_made, kind)
     return Scheduled(make, args) if has_schedule(args) else make(**args)
+
+
+def _made(kind: Any, /, **args: Any) -> Clip:
+    return _as_clip(kind(**{key: _nested(key, value, kind) for key, value in args.items()}))
 
 
 def _nested(key: str, value: Any, kind: Any) -> Any:
@@ -174,7 +175,8 @@ def _nested(key: str, value: Any, kind: Any) -> Any:
     if isinstance(value, Mapping):
         if "clip" not in value:
             raise InputError(f"{key}={dict(value)!r}: must name its clip, as in {{'clip': 'band', 'delta': 0.05}}")
-        return get_clip(**value)
+        inner = {name: one for name, one in value.items() if name != "clip"}
+        return get_clip(value["clip"], **as_arguments(inner))
     return get_clip(value) if isinstance(value, str) else value
 
 
@@ -239,7 +241,9 @@ def clip_advantages(
         )
     if form not in FORMS:
         raise InputError(f"form={form!r}: must be one of {', '.join(FORMS)}{nearest(form, FORMS)}")
-    chosen = anchored(get_clip(clip, **(clip_args or {})), anchor)
+    chosen = anchored(get_clip(clip, **as_arguments(clip_args)), anchor)
     tokens = Tokens(logps, old_logps, advantages, mask, rollout_logps, entropies, rewards, state_divergence)
     result = chosen.advantages(tokens) if form == "ratio" else chosen.coefficient(tokens)
-    return result.to(torch.promote_types(logps.dtype, advantages.dtype))
+    dtype = torch.promote_types(logps.dtype, advantages.dtype)
+    most = torch.finfo(dtype).max  # float16 ends at 65504, and 0 times infinity would be NaN
+    return result.clamp(-most, most).to(dtype)

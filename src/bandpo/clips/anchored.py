@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bandpo._input import InputError, nearest
@@ -40,9 +41,15 @@ def anchored(clip: Clip, anchor: str) -> Clip:
     return clip if anchor == "old" else Anchored(clip, anchor)
 
 
+def sampled_logps(tokens: Tokens, who: str) -> Tensor:
+    """Return rollout_logps; old_logps where they are NaN, with which vLLM says that it has none: the ratio is 1."""
+    rollout = tokens.need("rollout_logps", who)
+    return torch.where(rollout.isnan(), tokens.log_p, rollout)
+
+
 def _by_rollout(tokens: Tokens, clip: str) -> Tokens:
     """Return the same tokens with p and r by `rollout_logps`."""
-    rollout = tokens.need("rollout_logps", clip)
+    rollout = sampled_logps(tokens, clip)
     rest = (tokens.advantages, tokens.mask, rollout, tokens.entropies, tokens.rewards, tokens.state_divergence)
     return Tokens(tokens.log_q, rollout, *rest)
 

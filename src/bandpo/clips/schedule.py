@@ -72,7 +72,7 @@ def _value(key: str, schedule: Mapping[str, Any], x: float) -> float:
         raise InputError(f"{key}={dict(schedule)!r}: a schedule has start, end and shape{wrong}")
     start, end = (check_number(f"{key}.{name}", schedule[name], 0.0) for name in ("start", "end"))
     shape = schedule.get("shape", "linear")
-    if shape not in SHAPES:
+    if not isinstance(shape, str) or shape not in SHAPES:
         raise InputError(f"{key}.shape={shape!r}: must be one of {', '.join(SHAPES)}{nearest(shape, SHAPES)}")
     if shape == "geometric" and not (start > 0 and end > 0):
         raise InputError(f"{key}={dict(schedule)!r}: a geometric schedule needs start > 0 and end > 0")

@@ -6,6 +6,7 @@ host's own clip opened wide: the host's own r A' then has the gradient c.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bandpo import Band, Clip, ClipStats, Fixed, Region, Tokens, get_clip
-from bandpo._input import InputError, nearest
+from bandpo._input import InputError, as_arguments, nearest
 from bandpo.clips import anchored
 from bandpo.clips.base import MOST
 from bandpo.loss.stats import BRIEF, BUCKETS, FIELDS, HOW_MUCH, SIGNS, count
@@ -47,9 +48,7 @@ def make_clip(
     Raises:
         InputError: the clip does not exist or does not take these arguments, or has a schedule where none can act.
     """
-    if not isinstance(clip_args, Mapping | None):
-        raise InputError(f"clip_args={clip_args!r}: must be a dict; write clip_args={{'delta': 0.05}}")
-    made = anchored(get_clip(clip, **(clip_args or {})), anchor)
+    made = anchored(get_clip(clip, **as_arguments(clip_args)), anchor)
     if made.at(0.0) is not made and not scheduled:
         raise InputError(
             f"clip_args={dict(clip_args or {})!r}: has a schedule, and this host does not say how far training is; "
@@ -210,11 +209,12 @@ def shape(
     """
     t = Tokens(logps, old_logps, advantages, mask, rollout_logps, entropies)
     c, new = clip.coefficient(t), logps.detach()
+    there = new > -math.inf  # a token that has become impossible: r = 0, and so is its gradient, whatever old is
     near = t.log_r.abs() <= MOST if t.mask is None else (t.log_r.abs() <= MOST) & t.mask
     # a little nearer than 20, where verl's own clamp would take the gradient
-    old = torch.where(near, old_logps.detach(), new - t.log_r.clamp(-MOST + 0.1, MOST - 0.1).to(new.dtype))
+    old = torch.where(near | ~there, old_logps.detach(), new - t.log_r.clamp(-MOST + 0.1, MOST - 0.1).to(new.dtype))
     far = c * torch.exp((old - new).to(c.dtype))
-    far = far if t.mask is None else torch.where(t.mask, far, 0.0)
+    far = torch.where(there if t.mask is None else t.mask & there, far, 0.0)
     return Shaped(torch.where(near, clip.advantages(t), far), old, clip, t, c)
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from bandpo import Clip, Fixed
-from bandpo._input import InputError, nearest
+import torch
+from torch import Tensor
+
+from bandpo import Clip, Fixed, Region, Tokens
+from bandpo._input import InputError, check_number, nearest
+from bandpo.clips.base import take_after
 from bandpo.clips.cispo import Cispo
 from bandpo.clips.dual_clip import DualClip
 from bandpo.clips.gspo import Gspo
@@ -93,7 +97,27 @@ def clip_of(config: GRPOConfig) -> Clip | None:
         return None
     if config.importance_sampling_level == "sequence":
         return Gspo(low, high)
-    return Fixed(low, high) if config.delta is None else DualClip(low, high, cap=max(config.delta, 1 + high))
+    if config.delta is None:
+        return Fixed(low, high)
+    return DualClip(low, min(high, config.delta - 1), cap=config.delta)  # TRL clamps r before it looks at the sign
+
+
+class Below(Clip):
+    """A clip beside TRL's `delta`, which clamps r before anything else: no gradient above it, for A > 0 either."""
+
+    def __init__(self, clip: Clip, delta: float) -> None:
+        self.clip, self.delta = clip, delta
+        take_after(self, clip)
+        self.name = clip.name  # type: ignore[misc]
+
+    @property
+    def boundary(self) -> Region | None:
+        """The region of the clip."""
+        return self.clip.boundary
+
+    def coefficient(self, tokens: Tokens) -> Tensor:
+        """Return the clip's c, or 0 where r > delta."""
+        return torch.where(tokens.rise > self.delta - 1, 0.0, self.clip.coefficient(tokens))
 
 
 def make_clip(args: BandGRPOConfig) -> Clip | None:
@@ -115,7 +139,7 @@ def check_options(args: BandGRPOConfig) -> None:
         raise InputError(f"args={type(args).__name__}: must be BandGRPOConfig, which takes all fields of GRPOConfig")
     _adapter.check_how_much(args.clip_metrics)
     clip = make_clip(args)
-    if args.delta is not None and args.delta <= 1:
+    if args.delta is not None and check_number("delta", args.delta, 0.0) <= 1:
         raise InputError(
             f"delta={args.delta!r}: is TRL's ceiling of the ratio, must be above 1; for the radius of the trust region "
             f"write clip_args={{'delta': {args.delta!r}}}"

@@ -20,7 +20,7 @@ from bandpo._input import InputError
 from bandpo.engines import _adapter
 from bandpo.engines._hosts import HOSTS
 from bandpo.engines._trl_config import BandGRPOConfig as BandGRPOConfig
-from bandpo.engines._trl_config import check_options, make_clip
+from bandpo.engines._trl_config import Below, check_options, make_clip
 from bandpo.engines._trl_config import clip_of as clip_of
 
 HOST = HOSTS["trl"]
@@ -62,7 +62,7 @@ def check_seam() -> None:
 def _warn_if_idle(args: BandGRPOConfig) -> None:
     """Warn when each rollout feeds a single optimizer step: then every ratio is 1."""
     accumulate, per_rollout = args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations
-    if accumulate % per_rollout == 0:
+    if accumulate % per_rollout == 0 and args.clip_anchor == "old":
         warnings.warn(
             f"num_iterations={args.num_iterations}, steps_per_generation={args.steps_per_generation}, "
             f"gradient_accumulation_steps={accumulate}: each rollout feeds one optimizer step, so every ratio is 1 and "
@@ -173,8 +173,9 @@ class BandGRPOTrainer(GRPOTrainer):
     def _exchange(self, inputs: dict[str, Any]) -> None:
         """Put c / r in the place of the advantages."""
         assert self.clip is not None and self._logps is not None
+        old = inputs.get("old_per_token_logps")  # without them TRL's ratio is exactly 1
         shaped = _adapter.shape(
-            self.clip, self._logps, inputs["old_per_token_logps"], _per_token(inputs["advantages"], self._logps),
+            self.clip, self._logps, self._logps if old is None else old, _per_token(inputs["advantages"], self._logps),
             _token_mask(inputs), *self._optional(inputs),
         )  # fmt: skip
         inputs["advantages"], inputs["old_per_token_logps"] = shaped.advantages, shaped.old_logps
@@ -192,9 +193,8 @@ class BandGRPOTrainer(GRPOTrainer):
             self.clip = self._clip.at(min(self.state.global_step / max(self.state.max_steps, 1), 1.0))
         scalars, uses = (self.epsilon_low, self.epsilon_high), []
         self._logps = None
-        # Without old log-probabilities TRL's ratio is exactly 1, where every clip's c is A.
         if self.args.clip != _adapter.HOST:
-            shaped = old is not None and not _adapter.by_margins(self.clip)
+            shaped = not _adapter.by_margins(self.clip)
             bounds = None if old is None or shaped else self.clip.bounds(old)  # type: ignore[union-attr]
             low, high = _Low(0.0 if bounds is None else bounds.low), _High(math.inf if bounds is None else bounds.high)
             self.epsilon_low, self.epsilon_high, uses = low, high, [low, high]
@@ -230,12 +230,15 @@ class BandGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             return
         advantages = _per_token(inputs["advantages"], logps).expand_as(logps)
-        hard = _adapter.by_margins(self.clip) or self.args.clip == _adapter.HOST or old is None
-        if hard and self.clip is not None and self.args.clip_metrics != "none":
+        hard = _adapter.by_margins(self.clip) or self.args.clip == _adapter.HOST
+        clip = self.clip
+        if clip is not None and self.args.delta is not None and self.args.clip != _adapter.HOST:
+            clip = Below(clip, self.args.delta)
+        if hard and clip is not None and self.args.clip_metrics != "none":
             rollout, entropies = self._optional(inputs)
             self._keep(
                 clip_stats(
-                    logps, logps if old is None else old, advantages, mask, clip=self.clip, rollout_logps=rollout,
+                    logps, logps if old is None else old, advantages, mask, clip=clip, rollout_logps=rollout,
                     entropies=entropies,
                 )
             )  # fmt: skip

@@ -30,6 +30,7 @@ def aggregate(
     Returns:
         A scalar; `per_token` itself for "none".
     """
+    check_aggregation(aggregation, normalizer, per_token)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(per_token.dtype)  # a half type counts no further than 256 or 2048
     if callable(aggregation):
@@ -40,12 +41,10 @@ def aggregate(
         return per_token.sum() if normalizer is None else per_token.sum() / normalizer
     if aggregation == "token-mean":
         if normalizer is None:
-            normalizer = per_token.numel() if mask is None else mask.sum().clamp(min=1)
+            normalizer = max(per_token.numel(), 1) if mask is None else mask.sum().clamp(min=1)
         return per_token.sum() / normalizer
     lengths = torch.ones_like(per_token).sum(-1) if mask is None else mask.sum(-1)
-    sums = per_token.sum(-1)
-    if aggregation == "seq-mean-token-mean":
-        sums = sums / lengths.clamp(min=1)
+    sums = per_token.sum(-1) / (lengths.clamp(min=1) if aggregation == "seq-mean-token-mean" else 1)
     return sums.sum() / ((lengths > 0).sum().clamp(min=1) if normalizer is None else normalizer)
 
 

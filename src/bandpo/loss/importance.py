@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bandpo._input import InputError, check_number, nearest
+from bandpo.clips.anchored import sampled_logps
 from bandpo.operator.sequences import lengths, sequence_mean
 from bandpo.operator.tokens import MOST_LOG_RATIO, Tokens
 
@@ -45,7 +46,7 @@ def importance_weight(tokens: Tokens, mode: str, cap: float) -> Tensor:
 
     Source: truncated importance sampling and its masked form, as in TRL and verl (`rollout_is`).
     """
-    log_w = tokens.log_p - tokens.need("rollout_logps", "importance_sampling_mode")
+    log_w = tokens.log_p - sampled_logps(tokens, "importance_sampling_mode")
     if mode.startswith("sequence"):
         log_w = sequence_mean(log_w, tokens) * lengths(tokens)
     weight = log_w.clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO).exp()

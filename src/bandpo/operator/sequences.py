@@ -61,4 +61,4 @@ def sequence_max(x: Tensor, tokens: Tokens) -> Tensor:
         InputError: as `lengths`.
     """
     lengths(tokens)
-    return x.amax(-1, keepdim=True)
+    return x.amax(-1, keepdim=True) if x.shape[-1] else x.sum(-1, keepdim=True)  # of no tokens: 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bandpo._input import InputError
+from bandpo._input import InputError, as_arguments
 from bandpo.clips import get_clip
 from bandpo.lab.models import TINY
 from bandpo.lab.reading import RecipeFile, read_recipe
@@ -121,7 +121,7 @@ def _recipe(base: dict[str, Any], study: Study, arm: str, setting: str, words: S
     try:
         recipe = load(RecipeFile(study.name, keys), words)
         if recipe.clip != HOST:
-            get_clip(recipe.clip, **recipe.clip_args)
+            get_clip(recipe.clip, **as_arguments(recipe.clip_args))
     except InputError as error:
         raise InputError(f"arm {arm}, setting {setting}: {error}") from None
     if late := [name for name in study.outcomes if name in LATE_ONES and not recipe.eval_every]:
