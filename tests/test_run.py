@@ -96,7 +96,7 @@ def test_no_file_of_a_run_has_a_secret(
 def test_the_pages_recipe_and_reward_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.M | re.S)
-    (reward,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    (reward,) = re.findall(r"^```python[^\n]*\n(.*?)^```$", PAGE, re.M | re.S)
     Path("page.yaml").write_text(recipe)
     Path("mine.py").write_text(reward)
     (line,) = re.findall(r"^bandpo train demo (--reward_funcs .*?) --out", PAGE, re.M)

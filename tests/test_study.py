@@ -264,6 +264,9 @@ def test_the_short_form_is_a_study_of_some_clips(tmp_path):
 def test_clips_to_compare_belong_to_several_seeds(capsys):
     assert main(["train", "demo", "--compare", "none,fixed"]) == 2
     assert "--seeds 0 1 2" in capsys.readouterr().err
+    for words, said in ((["3.5"], "--seeds 3.5"), (["0-1", "--clip", "fixed"], "--clip with --seeds")):
+        assert main(["train", "demo", "--seeds", *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 BASE = "recipe: demo\narms: {none: none, band: {clip: band}}\n"

@@ -74,10 +74,17 @@ def short_form(args: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
+    from bandpo.lab.study.file import as_seeds
     from bandpo.lab.study.short import short_study
 
     clips = args.compare.split(",") if isinstance(args.compare, str) else []
-    study = short_study(args.recipe, args.seeds, clips)
+    if any(word.split("=")[0] == "--clip" for word in args.overrides):
+        raise InputError("--clip with --seeds: must be left out; name the clips, as in --compare none,fixed,band")
+    try:
+        seeds = [seed for word in args.seeds for seed in as_seeds(int(word) if word.isdecimal() else word)]
+    except ValueError as error:
+        raise InputError(f"--seeds {' '.join(args.seeds)}: {error}") from None
+    study = short_study(args.recipe, seeds, clips)
     given = {"jobs": 1, "seeds": None, "device": None, "emit": False, "resume": False, "report": None}
     out = args.out or Path("runs") / f"{study.name}-study"
     return _run(study, argparse.Namespace(**{**given, "out": out, "overrides": args.overrides, "json": args.json}))

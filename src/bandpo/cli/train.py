@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
         help="train without a clip and with the fixed one as well; with --seeds, the clips: none,fixed,band",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="a study: every clip with each of these seeds"
+        "--seeds", nargs="+", metavar="SEED", help="a study: every clip with each of these seeds, as in 0 1 2 or 0-9"
     )
     parser.add_argument("--warmup", action="store_true", help="make the tiny model's warm-up checkpoint first")
     parser.add_argument("--smoke", action="store_true", help="two optimiser steps: does everything fit together?")
