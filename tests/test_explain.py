@@ -579,7 +579,20 @@ def test_the_page_holds_the_numbers_and_fetches_nothing(capsys: pytest.CaptureFi
         for share in (found.effect[0]["gradient_kept"], found.clips[4]["zero_grad"]):
             assert f"{100 * share:.3g} %" in page.text
         assert all(x["text"] in page.text for x in found.advice)
-    assert "no region by probability" in page.text
+    assert "no region by probability" in page.text and "from old_logps" not in page.text
+    words = ["--anchor", "both", "--html", str(tmp_path / "anchor.html")]
+    assert run(capsys, "explain", str(LOGS / "gap.parquet"), *words)[0] == 0
+    assert "are from old_logps, not by anchor=both" in Page((tmp_path / "anchor.html").read_text("utf-8")).text
+
+
+def test_what_the_anchor_leaves_alone_is_said_where_it_stands() -> None:
+    old, both = (explained(LOGS / "gap.parquet", anchor=anchor) for anchor in ("old", "both"))
+    assert (old.clip["anchor"], both.clip["anchor"]) == ("old", "both")
+    assert both.clips == old.clips and both.divergence == old.divergence and both.effect != old.effect
+    assert "from old_logps" not in str(old)
+    for title in ("What each clip would do to these tokens", "Divergence reached, a token", "Equal to this clip here"):
+        assert f"{title}, from old_logps, not by anchor=both" in str(both)
+    assert max(map(len, str(both).splitlines())) <= 110
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
@@ -604,12 +617,16 @@ def test_memory_stays_below_a_gigabyte(tmp_path: Path, count: int) -> None:
 PAGE = (ROOT / "docs" / "explain.md").read_text("utf-8")
 
 
+EXCERPT = "(excerpt)\n"
+
+
 def blocks(language: str) -> list[tuple[str, str | None]]:
-    """The page's blocks of a language, each with the text that follows at once."""
+    """The page's blocks of a language, each with the text that follows at once, and the mark of one that has gaps."""
     import re
 
-    found = re.findall(rf"^```{language}\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", PAGE, flags=re.M | re.S)
-    return [(code, shown or None) for code, shown in found]
+    text = r"(?:\n(\(excerpt\)\n)?\n?```text\n(.*?)^```)?"
+    found = re.findall(rf"^```{language}\n(.*?)^```\n{text}", PAGE, flags=re.M | re.S)
+    return [(code, mark + shown or None) for code, mark, shown in found]
 
 
 @pytest.mark.parametrize(("lines", "shown"), blocks("bash"))
@@ -624,8 +641,10 @@ def test_the_pages_commands_print_what_is_shown(
         program, *words = shlex.split(line, comments=True)
         assert program == "bandpo" and run(capsys, *words)[0] == 0, line
     if shown:  # an excerpt of the last one's output, in whole lines
-        out = iter(run(capsys, *words)[1].splitlines())
-        assert [line for line in shown.splitlines() if line and line not in out] == []
+        whole = run(capsys, *words)[1]
+        out, lines_ = iter(whole.splitlines()), shown.removeprefix(EXCERPT)
+        assert [line for line in lines_.splitlines() if line and line not in out] == []
+        assert shown.startswith(EXCERPT) == (whole != lines_), "what leaves lines out says so"
 
 
 def test_the_pages_blocks_print_what_is_shown(

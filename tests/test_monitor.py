@@ -51,9 +51,21 @@ def test_micro_batches_give_the_statistics_of_the_whole() -> None:
     same(monitor.compute(), want)
     assert list(monitor.compute("x/", only=["zero_grad", "kl_mean"])) == ["x/zero_grad", "x/kl_mean"]
     monitor.reset()
-    assert float(monitor.sums.sum()) == float(monitor.maxima.sum()) == 0 == float(monitor.compute()["clip/zero_grad"])
+    assert float(monitor.sums.sum()) == float(monitor.maxima.sum()) == 0 and monitor.compute() == {}
     monitor.update(**batch(7))
     same(monitor.compute(), bandpo.clip_stats(**batch(7), clip=clip).metrics())
+
+
+def test_no_token_is_no_number() -> None:
+    monitor = bandpo.Monitor()
+    assert monitor.compute() == {} == monitor.compute(only=["gradient_kept"])
+    monitor.merge(bandpo.Monitor())
+    assert monitor.compute() == {}
+    other = bandpo.Monitor()
+    other.update(**batch(0))
+    monitor.sums.add_(other.sums)  # as all_reduce does where another rank had tokens
+    monitor.maxima.add_(other.maxima)
+    same(monitor.compute(), bandpo.clip_stats(**batch(0)).metrics())
 
 
 def test_monitors_merge() -> None:
@@ -130,6 +142,28 @@ def test_schedules_anchors_and_refusals() -> None:
 
 
 # ---------------------------------------------------------------- a host's logger
+
+
+def test_the_pages_subclass_of_trls_trainer_logs_them(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    from trl_support import make_trainer
+
+    page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text("utf-8")
+    code = next(x for x in page.split("``` {.python}\n") if "class Measured" in x).partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, "explain.md", "exec"), names)
+    for name, several, updates in (
+        ("many", True, {}),
+        ("one", False, {"num_iterations": 1, "steps_per_generation": 2}),
+    ):
+        trainer = make_trainer(tmp_path / name, trainer=names["Measured"], max_steps=4, **updates)
+        trainer.train()
+        found = [entry for entry in trainer.state.log_history if "clip/zero_grad" in entry]
+        assert len(found) == 4 and names["Measured"].monitor.compute() == {}
+        for entry in found:
+            assert entry["clip/zero_grad"] == pytest.approx(entry["clip_ratio/region_mean"], abs=0.05)
+        assert any(entry["clip/zero_grad"] > 0 for entry in found) == several
+        assert all(0 < entry["clip/gradient_kept"] <= 1 for entry in found)
 
 
 def train(out: Path, **options: Any) -> list[dict[str, float]]:

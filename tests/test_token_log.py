@@ -348,3 +348,46 @@ def test_folders_and_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(InputError, match="run.json: is no JSON"):
         open_log(tmp_path)
+
+
+def test_a_run_that_kept_no_token_says_whether_its_clip_is_idle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "tokens.npz", **{name: V[:0] for name in GOOD})  # type: ignore[arg-type]
+    for rollout, says in (
+        (2, r"idle? yes: one update a rollout (2 of each)"),
+        (1, "no token whose ratio had left 1 in 2 steps"),
+        (None, "metrics.jsonl has no step"),
+    ):
+        steps = [{"event": "step", "step": i + 1, "rollout": min(i + 1, rollout)} for i in range(2)] if rollout else []
+        lines(tmp_path / "metrics.jsonl", steps)
+        assert cli.main(["explain", str(tmp_path)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and says in err and str(tmp_path) in err
+
+
+def test_a_run_whose_ratios_never_left_one_keeps_tokens_and_is_idle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    from bandpo.lab.trl.callbacks import TokenSampler
+
+    def sampler(steps: range, kept: dict[str, np.ndarray], moved: int = 99) -> dict[str, np.ndarray]:
+        keeper = TokenSampler(kept)
+        keeper.thin(steps.start - 1, 4)
+        for step in steps:
+            old, advantages = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(step))
+            new = -old.abs() - (0.1 if step == moved else 0.0)
+            keeper.add(step, 1, 4, (new, -old.abs(), advantages), torch.ones(8, 20))
+        return keeper.arrays()
+
+    still = sampler(range(1, 5), {})
+    assert np.array_equal(still["logps"], still["old_logps"]) and list(np.bincount(still["step"])) == [0, *[160] * 4]
+    resumed = sampler(range(3, 5), sampler(range(1, 3), {}))
+    assert all(np.array_equal(resumed[name], still[name]) for name in still)
+    np.savez(tmp_path / "tokens.npz", **still)  # type: ignore[arg-type]
+    assert cli.main(["explain", str(tmp_path)]) == 0
+    assert "idle? yes: every ratio is exactly 1" in capsys.readouterr().out
+    for before, steps in ((99, {3}), (2, {2, 3})):  # one that moved ends it
+        assert set(sampler(range(3, 5), sampler(range(1, 3), {}, moved=before), moved=3)["step"]) == steps
+    assert all(len(x) == 0 for x in TokenSampler({}).arrays().values())

@@ -23,8 +23,9 @@ class Explanation:
     Args:
         counts: tokens, sequences, padding, left_out; shares of A positive, negative, zero; surprise, the mean of
             -log p in nats; rare, how many tokens have p < 0.1 and A > 0.
-        clip: the clip in use: name, is (with its arguments), looks_at, paper; beyond_simplex, the share of tokens whose
-            upper bound lies past probability 1, for clips of fixed bounds.
+        clip: the clip in use: name, is (with its arguments), looks_at, paper; anchor, from which it alone is measured,
+            everything else being from old_logps; beyond_simplex, the share of tokens whose upper bound lies past
+            probability 1, for clips of fixed bounds.
         idle: whether it does nothing, and why: "one_update" (every ratio is exactly 1), "no_advantage" (every A is 0),
             "not_reached" (no token went far enough), "no_clip"; ratio_one, ratio_one_uncertain (of tokens with
             p < 0.999), ratio_beyond_2x (shares), largest_log_ratio.

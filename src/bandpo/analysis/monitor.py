@@ -97,7 +97,7 @@ class Monitor:
         """
         self.sums = self.sums + other.sums.to(self.sums)
         self.maxima = torch.maximum(self.maxima, other.maxima.to(self.maxima))
-        self._empty = False
+        self._empty = self._empty and other._empty
 
     def compute(self, prefix: str = "clip/", only: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return the numbers of all tokens since the last reset.
@@ -107,6 +107,9 @@ class Monitor:
             only: the names wanted, such as ("zero_grad", "gradient_kept"); all of `ClipStats.metrics` when None.
 
         Returns:
-            Name to tensor of no dimension, on the tokens' device; ``float`` of one waits for it.
+            Name to tensor of no dimension, on the tokens' device; ``float`` of one waits for it. Nothing, {}, before
+            the first update: shares of no token would read as those of a clip that takes everything.
         """
+        if self._empty and not bool(self.sums.any()):  # not empty where other ranks' were summed into them
+            return {}
         return ClipStats(self.sums, self.maxima).metrics(prefix, only)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bandpo.analysis.others import RARE
 from bandpo.analysis.tails import Tails
+from bandpo.clips.anchored import Anchored
 from bandpo.clips.base import Clip, Region
 from bandpo.loss.stats import BUCKETS, COUNTS, FIELDS, MOST_RATIO, MOST_REACHED, ClipStats
 from bandpo.operator.family import get_divergence
@@ -109,6 +110,7 @@ class Reached:
             "is": repr(clip),
             "looks_at": clip.looks_at,
             "paper": clip.paper,
+            "anchor": clip.anchor if isinstance(clip, Anchored) else "old",
         }
         described["beyond_simplex"] = self.sums["off_simplex"] / tokens
         return {

@@ -57,6 +57,11 @@ def taken(same: dict[str, Any]) -> str:
     return nearly(same) + BY[same["by"]].format(share=percent(same["share"]))
 
 
+def measured(clip: dict[str, Any]) -> str:
+    """Return from which old policy all but an anchored clip is measured, as a heading says it; "" without an anchor."""
+    return "" if clip["anchor"] == "old" else f", from old_logps, not by anchor={clip['anchor']}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return lines whose columns are flush: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -97,7 +102,7 @@ def _effect(found: dict[str, Any]) -> list[str]:
 
 
 def _divergence(found: dict[str, Any]) -> list[str]:
-    head = ("Divergence reached, a token", "mean", "99th percentile", "largest")
+    head = (f"Divergence reached, a token{measured(found['clip'])}", "mean", "99th percentile", "largest")
     lines = table(head, [(name, *(number(x) for x in row.values())) for name, row in found["divergence"].items()])
     if (whole := found["sequence"]) is not None:
         lines.append(
@@ -108,15 +113,17 @@ def _divergence(found: dict[str, Any]) -> list[str]:
 
 
 def _equivalent(found: dict[str, Any]) -> list[str]:
-    same = found["equivalent"]
+    same, where = found["equivalent"], measured(found["clip"])
     known = [(name, same[key]) for name, key in EQUAL if same[key] is not None]
     if not known:
         why = "no token has moved in the direction of its advantage"
-        return [f"Equal to this clip here: {why if same['by'] is None else 'no bound of the ratio takes as much'}"]
+        return [
+            f"Equal to this clip here{where}: {why if same['by'] is None else 'no bound of the ratio takes as much'}"
+        ]
     if same["by"] is None:
-        title = "Equal to this clip here: it took nothing, and so does anything of at least"
+        title = f"Equal to this clip here{where}: it took nothing, and so does anything of at least"
     else:
-        title = f"Equal to this clip here: {taken(same)} with"
+        title = f"Equal to this clip here{where}: {taken(same)} with"
     values = ", ".join(f"{name} {number(x['value'])}" for name, x in known)
     return [title, f"  {values}; DPPO's delta is Band's, kl and tv"]
 
@@ -137,7 +144,9 @@ def _clips(found: dict[str, Any]) -> list[str]:
         rows += [(first, *cells), *((line, *[""] * len(cells)) for line in more)]
     head = ("clip", "no gradient", "rare, A > 0", "kept", "opposed", *(["dH"] if dh else []))
     few = f"rare: p < 0.1; {found['counts']['rare']:,} tokens with A > 0"
-    lines = [f"What each clip would do to these tokens, with its published defaults ({few})", *table(head, rows)]
+    where = measured(found["clip"])
+    title = f"What each clip would do to these tokens{where}, with its published defaults ({few})"
+    lines = [*textwrap.wrap(title, WIDTH), *table(head, rows)]
     lacks: dict[str, list[str]] = {}
     for row in found["clips"]:
         if row["missing"]:

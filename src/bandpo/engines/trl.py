@@ -114,7 +114,7 @@ class BandGRPOTrainer(GRPOTrainer):
         clip: the clip in use, for `clip="host"` TRL's own; None where the registry has not that one. With a schedule
             that of the present step.
         token_callback: None or ``f(logps, old_logps, advantages, mask)``, called with detached (batch, token) tensors
-            at each training micro-batch whose rollout feeds more than one update.
+            at each training micro-batch; both log-probabilities are the same where a rollout feeds one update.
 
     Raises:
         InputError: an option is set with which TRL would not use the clip, or TRL's loss has changed.
@@ -242,8 +242,8 @@ class BandGRPOTrainer(GRPOTrainer):
                     entropies=entropies,
                 )
             )  # fmt: skip
-        if self.token_callback is not None and old is not None:
-            self.token_callback(logps, old, advantages, mask)
+        if self.token_callback is not None:
+            self.token_callback(logps, logps if old is None else old, advantages, mask)
 
     def _keep(self, stats: ClipStats) -> None:
         if self.model.training:

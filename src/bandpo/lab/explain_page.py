@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bandpo.analysis.explanation import Explanation
-from bandpo.analysis.text import EQUAL, WHY, number, percent, taken
+from bandpo.analysis.text import EQUAL, WHY, measured, number, percent, taken
 from bandpo.clips.base import Clip, Region
 from bandpo.lab.page import render, write
 from bandpo.lab.page.svg import inline
@@ -44,6 +44,8 @@ def write_page(found: Explanation, name: str, path: Path, command: Sequence[str]
     """
     need_matplotlib()
     d = found.to_dict()
+    if where := measured(d["clip"]):
+        d["remarks"].append(f"other clips, divergences and equal radii are{where.removeprefix(',')}")
     page = render(
         "explain.html.j2",
         f"{d['clip']['name']} on {name}: bandpo explain",

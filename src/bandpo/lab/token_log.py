@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bandpo._input import InputError
-from bandpo.lab.token_sources import FORMATS, Block, Source, open_source
+from bandpo.lab.token_sources import FORMATS, Block, Npz, Source, open_source
 
 PART = 1 << 17  # tokens read at a time
 # what `bandpo.explain` calls it: what files call it (ours, TRL's, verl's)
@@ -89,7 +89,8 @@ def open_log(path: Path) -> TokenLog:
         `TokenLog`.
 
     Raises:
-        InputError: no such file, an unknown format, or a field is missing; names those found and wanted.
+        InputError: no such file, an unknown format, or a field is missing; names those found and wanted. A run that
+            kept no token: says whether its clip is idle.
     """
     clip, file, formats = None, path, ", ".join(FORMATS)
     if path.is_dir():
@@ -117,7 +118,23 @@ def open_log(path: Path) -> TokenLog:
         raise InputError(
             f"{path}: has the fields {', '.join(source.names) or 'none'}; wanted: {wanted}{_hint(missing, fields)}"
         )
+    if path.is_dir() and isinstance(source, Npz) and source.shape(fields["logps"])[:1] == (0,):
+        raise InputError(f"{path}: {_why_none(path)}")
     return log
+
+
+def _why_none(folder: Path) -> str:
+    """Say why a run kept no token, of which its trainer shows none where each rollout feeds one update."""
+    from bandpo.lab.run.records import Step, read_records
+
+    steps = [x for x in read_records(folder / "metrics.jsonl", []) if isinstance(x, Step)]
+    if steps and steps[-1].rollout >= steps[-1].step:
+        return (
+            f"idle? yes: one update a rollout ({steps[-1].step:,} of each), so that every ratio was exactly 1, no clip "
+            "could act, and no token was kept; make several (steps_per_generation above gradient_accumulation_steps)"
+        )
+    made = f"in {steps[-1].step:,} steps" if steps else "and metrics.jsonl has no step"
+    return f"the run kept no token whose ratio had left 1 {made}; let it make more steps"
 
 
 def _hint(missing: list[str], fields: dict[str, str]) -> str:

@@ -30,6 +30,7 @@ LEFT_OUT = ("step_time",)  # "seconds" says more
 class TokenSampler:
     """Keeps up to 20,000 of the tokens that were trained on, spread evenly over the run.
 
+    Those whose ratio has left 1, or, as long as there is none, others: they say that the clip is idle.
     How many tokens a micro-batch gives, and which, depends on its place in the run alone: a resumed run keeps the same
     ones, and the training's own random numbers are not touched.
 
@@ -38,13 +39,15 @@ class TokenSampler:
     """
 
     def __init__(self, kept: dict[str, np.ndarray]) -> None:
-        self._parts = [kept] if kept else []
+        parts = [kept] if kept else []
+        still = all(np.array_equal(part["logps"], part["old_logps"]) for part in parts)
+        self._moved, self._still = ([], parts) if still else (parts, [])
         self._place = (-1, 0)
 
     def thin(self, step: int, steps: int) -> None:
         """Keep as many of an earlier part's tokens as its share of the run allows, should that have become longer."""
         most = MAX_TOKENS * step // max(steps, 1)
-        for part in self._parts:
+        for part in (*self._moved, *self._still):
             if (there := len(part["step"])) > most:
                 chosen = np.arange(most) * there // max(most, 1)
                 part.update({name: values[chosen] for name, values in part.items()})
@@ -66,17 +69,22 @@ class TokenSampler:
         if share == 0:
             return
         logps, old_logps, advantages = tokens
-        moved = (mask.bool() & (logps != old_logps)).nonzero(as_tuple=True)  # elsewhere the ratio is 1
-        order = torch.randperm(len(moved[0]), generator=torch.Generator().manual_seed(call))[:share].to(mask.device)
-        rows, columns = moved[0][order], moved[1][order]
+        chosen = (mask.bool() & (logps != old_logps)).nonzero(as_tuple=True)  # elsewhere the ratio is 1
+        parts = self._moved
+        if len(chosen[0]) == 0 and not parts:
+            chosen, parts = mask.bool().nonzero(as_tuple=True), self._still
+        if len(chosen[0]) == 0:
+            return
+        order = torch.randperm(len(chosen[0]), generator=torch.Generator().manual_seed(call))[:share].to(mask.device)
+        rows, columns = chosen[0][order], chosen[1][order]
         named = {"old_logps": old_logps, "logps": logps, "advantages": advantages}
         part = {name: values[rows, columns].float().cpu().numpy() for name, values in named.items()}
-        self._parts.append({**part, "step": np.full(len(order), step, dtype=np.int32)})
+        parts.append({**part, "step": np.full(len(order), step, dtype=np.int32)})
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What was kept: old_logps, logps, advantages (float32) and step (int32)."""
         return {
-            name: np.concatenate([np.empty(0, kind), *(part[name] for part in self._parts)])
+            name: np.concatenate([np.empty(0, kind), *(part[name] for part in self._moved or self._still)])
             for name, kind in TOKENS.items()
         }
 
