@@ -9,8 +9,10 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from bandpo.lab.stats import paired
 from bandpo.lab.study import records
-from bandpo.lab.study.analysis import analyse
+from bandpo.lab.study.analysis import analyse, values_of
+from bandpo.lab.study.file import parse
 from bandpo.plots import save
 from bandpo.plots.look import DARK, LIGHT, Theme
 
@@ -29,13 +31,38 @@ def studies() -> list[str]:
 
 def figures(name: str) -> dict[str, Any]:
     """Every figure of a study, from its records alone."""
+    return analyse(kept(name))
+
+
+def kept(name: str) -> records.Records:
+    """The records of a study."""
     found = records.read(RESULTS / name)
     assert found is not None, name
-    return analyse(found)
+    return found
 
 
-def tables(found: dict[str, Any]) -> str:
+def secondary(name: str, found: dict[str, Any]) -> list[str]:
+    """The study's contrasts by its other outcomes: paired differences, not adjusted for anything."""
+    runs = kept(name)
+    study, lines = parse(runs.newest, name), []
+    for one in found["contrasts"]:
+        for outcome in list(found["outcomes"])[1:]:
+            a, b = (values_of(runs, study, one[arm], one["setting"], outcome) for arm in ("arm", "against"))
+            d = paired(list(a.values()), [b[seed] for seed in a], level=study.level)
+            what = f"| `{one['arm']}` less `{one['against']}` | {found['outcomes'][outcome]['title']} | {len(a)} |"
+            lines.append(f"{what} {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] |")
+    head = [
+        "Secondary, seed by seed, not adjusted:",
+        "",
+        "| arms | outcome | pairs | difference |",
+        "|---|---|---|---|",
+    ]
+    return [*head, *lines, ""] if lines else []
+
+
+def tables(name: str) -> str:
     """A study as text: what ran, its contrasts, and each arm's outcomes."""
+    found = figures(name)
     runs = ", ".join(f"{n} {status}" for status, n in sorted(found["runs"].items()))
     commit = (found["origin"].get("commit") or "unknown")[:12]
     lines = [f"Runs: {runs}; {found['seconds'] / 3600:.1f} hours of training; commit `{commit}`.", ""]
@@ -46,6 +73,7 @@ def tables(found: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|",
         ]
         lines += [_contrast(one, found) for one in found["contrasts"]] + [""]
+        lines += secondary(name, found)
     for setting in found["settings"].values():
         heads = [found["outcomes"][o]["title"] for o in found["outcomes"]]
         lines += ["| arm | seeds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
@@ -89,7 +117,7 @@ def draw(name: str, theme: Theme, path: Path) -> None:
 def filled(page: str) -> str:
     """The page with the tables that the records give."""
     for name in studies():
-        block = f"<!-- {name} -->\n\n{tables(figures(name))}\n<!-- end of {name} -->"
+        block = f"<!-- {name} -->\n\n{tables(name)}\n<!-- end of {name} -->"
         page, n = re.subn(rf"<!-- {name} -->.*?<!-- end of {name} -->", lambda _: block, page, flags=re.DOTALL)  # noqa: B023
         assert n == 1, f"the page has no marks for {name}"
     return page
