@@ -138,12 +138,12 @@ def check_options(args: BandGRPOConfig) -> None:
     if not isinstance(args, BandGRPOConfig):
         raise InputError(f"args={type(args).__name__}: must be BandGRPOConfig, which takes all fields of GRPOConfig")
     _adapter.check_how_much(args.clip_metrics)
-    clip = make_clip(args)
     if args.delta is not None and check_number("delta", args.delta, 0.0) <= 1:
         raise InputError(
             f"delta={args.delta!r}: is TRL's ceiling of the ratio, must be above 1; for the radius of the trust region "
             f"write clip_args={{'delta': {args.delta!r}}}"
         )
+    clip = make_clip(args)
     if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise InputError(
             f"use_liger_kernel=True: must be False with trl {trl.__version__}, whose Liger loss goes round the clip; "
