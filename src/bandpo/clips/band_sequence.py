@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bandpo.clips.base import Clip, Region
+from bandpo.clips.base import Region
+from bandpo.clips.masks import Mask
 from bandpo.clips.regions import Band
 from bandpo.operator.divergence import Divergence
 from bandpo.operator.radius import Delta
@@ -16,7 +17,7 @@ from bandpo.operator.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class BandSequence(Clip):
+class BandSequence(Mask):
     """A mask of sequences by the divergence of their tokens.
 
     c = r A,  or 0 for every token of a sequence where g_f(p, r) > delta for any
@@ -45,13 +46,6 @@ class BandSequence(Clip):
         """The band that no token may leave."""
         return Band(self.divergence, self.delta)
 
-    def coefficient(self, tokens: Tokens) -> Tensor:
-        """Return r A, or 0 in the sequences that are dropped."""
-        return tokens.weighted * self._kept(tokens)
-
-    def advantages(self, tokens: Tokens) -> Tensor:
-        """Return A, or 0 in the sequences that are dropped."""
-        return tokens.advantages * self._kept(tokens)
-
-    def _kept(self, tokens: Tokens) -> Tensor:
-        return 1 - sequence_max(self.boundary.side(tokens).abs(), tokens)
+    def kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Return `x`, and 0 in the sequences that are dropped."""
+        return x * (1 - sequence_max(self.boundary.side(tokens).abs(), tokens))

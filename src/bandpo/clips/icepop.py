@@ -9,12 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from bandpo._input import check_number
-from bandpo.clips.base import Clip
+from bandpo.clips.masks import Mask
 from bandpo.operator.tokens import Tokens, above
 
 
 @dataclass(frozen=True)
-class Icepop(Clip):
+class Icepop(Mask):
     """A mask by the ratio itself, for both signs of A.
 
     c = r A,  or 0 where r < floor or r > cap
@@ -40,15 +40,8 @@ class Icepop(Clip):
         check_number("floor", self.floor, 0.0, 1.0)
         check_number("cap", self.cap, 1.0)
 
-    def coefficient(self, tokens: Tokens) -> Tensor:
-        """Return r A, or 0 where the mask is 0."""
-        return self._kept(tokens.weighted, tokens)
-
-    def advantages(self, tokens: Tokens) -> Tensor:
-        """Return A, or 0 where the mask is 0."""
-        return self._kept(tokens.advantages, tokens)
-
-    def _kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Return `x`, and 0 where a token is dropped."""
         least = math.log(self.floor) if self.floor > 0 else -math.inf
         dropped = above(tokens.log_r, math.log(self.cap)) + above(-tokens.log_r, -least)
         return x - x * dropped

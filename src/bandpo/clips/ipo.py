@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from bandpo._input import check_number
-from bandpo.clips.base import Clip, Region
+from bandpo.clips.base import Region
+from bandpo.clips.masks import Mask
 from bandpo.clips.regions import Band
 from bandpo.operator.tokens import Tokens, above
 
 
 @dataclass(frozen=True)
-class Ipo(Clip):
+class Ipo(Mask):
     """A mask by total variation for both signs of A and both directions.
 
     c = r A,  or 0 where |q - p| > eps
@@ -42,13 +43,6 @@ class Ipo(Clip):
         """Band with tv."""
         return Band("tv", max(self.eps, 1e-8))
 
-    def coefficient(self, tokens: Tokens) -> Tensor:
-        """Return r A, or 0 where the mask is 0."""
-        return self._kept(tokens.weighted, tokens)
-
-    def advantages(self, tokens: Tokens) -> Tensor:
-        """Return A, or 0 where the mask is 0."""
-        return self._kept(tokens.advantages, tokens)
-
-    def _kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Return `x`, and 0 where a token is dropped."""
         return torch.addcmul(x, x, above(tokens.moved.abs(), self.eps), value=-1.0)

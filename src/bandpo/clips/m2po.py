@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bandpo._input import check_number
-from bandpo.clips.base import Clip
+from bandpo.clips.masks import Mask
 from bandpo.operator.tokens import Tokens, above
 
 
 @dataclass(frozen=True)
-class M2po(Clip):
+class M2po(Mask):
     """The tokens that moved outward most are dropped until the batch's mean of (log r)^2 is within a budget.
 
     c = r A,  or 0 for the outward tokens of largest (log r)^2 without which mean((log r)^2) <= budget
@@ -40,15 +40,8 @@ class M2po(Clip):
     def __post_init__(self) -> None:
         check_number("budget", self.budget, 0.0, open_low=True)
 
-    def coefficient(self, tokens: Tokens) -> Tensor:
-        """Return r A, or 0 where a token is dropped."""
-        return self._kept(tokens.weighted, tokens)
-
-    def advantages(self, tokens: Tokens) -> Tensor:
-        """Return A, or 0 where a token is dropped."""
-        return self._kept(tokens.advantages, tokens)
-
-    def _kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Return `x`, and 0 where a token is dropped."""
         square = tokens.log_r.clamp(-1e15, 1e15) ** 2
         outward = above(tokens.log_r.sign() * tokens.advantages, 0.0)
         count = square.numel() if tokens.mask is None else tokens.mask.sum().clamp(min=1)

@@ -8,14 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from bandpo._input import check_number
-from bandpo.clips.base import Clip
+from bandpo.clips.masks import Mask
 from bandpo.operator.radius import RADII
 from bandpo.operator.sequences import sequence_mean
 from bandpo.operator.tokens import Tokens, above
 
 
 @dataclass(frozen=True)
-class Opsm(Clip):
+class Opsm(Mask):
     """Off-policy sequence masking.
 
     c = r A,  or 0 where A < 0 and  mean_t(log p_t - log q_t) > delta
@@ -39,14 +39,7 @@ class Opsm(Clip):
     def __post_init__(self) -> None:
         check_number("delta", self.delta, *RADII)
 
-    def coefficient(self, tokens: Tokens) -> Tensor:
-        """Return r A, or 0 where a sequence is dropped."""
-        return tokens.weighted * self._kept(tokens)
-
-    def advantages(self, tokens: Tokens) -> Tensor:
-        """Return A, or 0 where a sequence is dropped."""
-        return tokens.advantages * self._kept(tokens)
-
-    def _kept(self, tokens: Tokens) -> Tensor:
+    def kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Return `x`, and 0 where a sequence is dropped."""
         drift = sequence_mean(-tokens.log_r.clamp(-1e6, 1e6), tokens)
-        return 1 - above(drift, self.delta) * above(-tokens.advantages, 0.0)
+        return x * (1 - above(drift, self.delta) * above(-tokens.advantages, 0.0))

@@ -8,14 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from bandpo._input import check_number
-from bandpo.clips.base import Clip
+from bandpo.clips.masks import Mask
 from bandpo.operator.radius import RADII
 from bandpo.operator.sequences import sequence_max
 from bandpo.operator.tokens import Tokens, above
 
 
 @dataclass(frozen=True)
-class Trm(Clip):
+class Trm(Mask):
     """Trust-region masking of sequences, by the k3 estimate of each token's KL.
 
     c = r A,  or 0 for every token of a sequence where r - 1 - log r > delta for any
@@ -39,13 +39,6 @@ class Trm(Clip):
     def __post_init__(self) -> None:
         check_number("delta", self.delta, *RADII)
 
-    def coefficient(self, tokens: Tokens) -> Tensor:
-        """Return r A, or 0 in the sequences that are dropped."""
-        return tokens.weighted * self._kept(tokens)
-
-    def advantages(self, tokens: Tokens) -> Tensor:
-        """Return A, or 0 in the sequences that are dropped."""
-        return tokens.advantages * self._kept(tokens)
-
-    def _kept(self, tokens: Tokens) -> Tensor:
-        return 1 - sequence_max(above(tokens.rise - tokens.log_r, self.delta), tokens)
+    def kept(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Return `x`, and 0 in the sequences that are dropped."""
+        return x * (1 - sequence_max(above(tokens.rise - tokens.log_r, self.delta), tokens))
