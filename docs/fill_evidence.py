@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def studies() -> list[str]:
     return sorted(path.parent.name for path in RESULTS.glob(f"*/{records.FILE}"))
 
 
+@cache
 def figures(name: str) -> dict[str, Any]:
     """Every figure of a study, from its records alone."""
     return analyse(kept(name))

@@ -229,21 +229,16 @@ class BandGRPOTrainer(GRPOTrainer):
         self._check_finite(loss, logps, mask)
         if not self.model.training:
             return
+        old = logps if old is None else old
         advantages = _per_token(inputs["advantages"], logps).expand_as(logps)
-        hard = _adapter.by_margins(self.clip) or self.args.clip == _adapter.HOST
-        clip = self.clip
-        if clip is not None and self.args.delta is not None and self.args.clip != _adapter.HOST:
-            clip = Below(clip, self.args.delta)
-        if hard and clip is not None and self.args.clip_metrics != "none":
+        host, clip = self.args.clip == _adapter.HOST, self.clip
+        if clip is not None and (host or _adapter.by_margins(clip)) and self.args.clip_metrics != "none":
+            if self.args.delta is not None and not host:
+                clip = Below(clip, self.args.delta)
             rollout, entropies = self._optional(inputs)
-            self._keep(
-                clip_stats(
-                    logps, logps if old is None else old, advantages, mask, clip=clip, rollout_logps=rollout,
-                    entropies=entropies,
-                )
-            )  # fmt: skip
+            self._keep(clip_stats(logps, old, advantages, mask, clip=clip, rollout_logps=rollout, entropies=entropies))
         if self.token_callback is not None:
-            self.token_callback(logps, logps if old is None else old, advantages, mask)
+            self.token_callback(logps, old, advantages, mask)
 
     def _keep(self, stats: ClipStats) -> None:
         if self.model.training:
