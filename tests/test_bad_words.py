@@ -130,7 +130,10 @@ BAD_WORDS = """
 --divergence kl
 --num_generations 7
 --per_device_train_batch_size 0
+--per_device_train_batch_size 2147483647
 --dataloader_num_workers -1
+--dataloader_num_workers 1000000000
+--out ''
 --no_such_key
 --=3
 -x

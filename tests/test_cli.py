@@ -62,6 +62,7 @@ def test_plot_without_matplotlib(
 
 WRONG = [
     ("bunds", "did you mean 'bounds'?"),
+    ("train demo --seeds 0 1 --smoke", "--smoke with --seeds"),
     ("", "no command given"),
     ("--hlep", "did you mean '--help'?"),
     ("bounds", "required: --p"),
@@ -78,6 +79,7 @@ WRONG = [
     ("bounds --p 0.1 --plot no/such/folder/x.svg", "cannot be written"),
     ("report --out x.html", "required: DIR"),
     ("report no-such-run --out x.html", "no-such-run: there is no such folder"),
+    (f"report {'x' * 300} --out x.html", "there is no such folder"),
     ("doctor extra", "extra: bandpo doctor does not take it"),
 ]
 

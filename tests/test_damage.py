@@ -113,7 +113,7 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], Any], str]] = [
     (f"{NEW}/bandpo.json", edit(run="00000000"), "it belongs to another run"),
     (f"{NEW}/bandpo.json", edit(number=4), "is that of another checkpoint"),
     (f"{NEW}/bandpo.json", edit(files={}), "is that of another checkpoint"),
-    (f"{NEW}/bandpo.json", edit(files=[1]), "is that of another checkpoint"),
+    (f"{NEW}/bandpo.json", edit(files=[1]), "bandpo.json is damaged"),
     (NEW, copied("checkpoint-6"), "it belongs to another run"),
     (NEW, shutil.rmtree, ""),
     (f"{NEW}/trainer_state.json", Path.unlink, "trainer_state.json is missing"),

@@ -209,6 +209,8 @@ def test_eval_prints_a_table_and_writes_every_sample(evaluated, capsys):
         assert word in out
     code, _, err = run(capsys, TINY, "--task", "addition", "--prompts", 4, "--k", 2, "--out", evaluated)
     assert code == 2 and "--overwrite" in err and err.count("\n") == 1
+    code, _, err = run(capsys, *files, "--task", "reasoning-gym:chain_sum")
+    assert code == 2 and "holds samples of task 'addition', and --task is" in err and err.count("\n") == 1
 
 
 def test_a_models_name_is_no_markup_on_the_progress_line(monkeypatch, capsys):

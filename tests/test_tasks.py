@@ -91,6 +91,8 @@ def test_reward_takes_text_and_chat_messages_as_trl_hands_them_over():
         ("reasoning-gym:chain_summ", {}, "'chain_summ'.*'chain_sum'"),
         ("reasoning-gym:chain_sum", {"min_term": 2}, "'min_term'.*'min_terms'"),
         ("reasoning-gym:chain_sum", {"seed": 2}, "seed"),
+        ("reasoning-gym:chain_sum", {"train_siz": 2}, "'train_siz'.*'train_size'"),
+        ("reasoning-gym:chain_sum", {"dataset": "x"}, "no argument 'dataset'"),
     ],
 )
 def test_bad_task_settings_are_named(name, task_args, said):

@@ -19,8 +19,9 @@ from pyarrow import parquet
 from bandpo import cli
 from bandpo._input import InputError
 from bandpo.analysis.explain import Explainer
-from bandpo.lab import token_log
+from bandpo.lab import token_log, token_sources
 from bandpo.lab.token_log import open_log
+from bandpo.lab.token_sources import Jsonl
 
 FIELDS = ("logps", "old_logps", "rollout_logps")
 
@@ -223,6 +224,27 @@ def test_nulls_are_counted_as_missing(tmp_path: Path) -> None:
         found.counts["left_out"] == 60
         and "logps is NaN or infinite for 60 tokens, the first at sequence 0, token 1" in found.remarks[0]
     )
+
+
+@pytest.mark.parametrize("rows", [records, tokens_of], ids=lambda f: f.__name__)
+def test_lines_are_the_same_read_by_pyarrow_and_by_the_standard_library(
+    rows: Callable[..., list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_sources, "TEXT", 1500)  # several pieces
+    by_hand: list[bytes] = []
+    whole = Jsonl._by_hand
+    monkeypatch.setattr(Jsonl, "_by_hand", lambda s, lines, *a, **k: by_hand.extend(lines) or whole(s, lines, *a, **k))
+    lines(tmp_path / "x.jsonl", rows(arrays()))
+    fast = list(open_log(tmp_path / "x.jsonl").parts())
+    assert not by_hand
+    (tmp_path / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text() + "\n")  # a blank line is odd
+    list(open_log(tmp_path / "x.jsonl").parts())
+    assert 0 < len(by_hand) < 1500
+    monkeypatch.setattr(token_sources, "_by_pyarrow", lambda text, names: None)
+    slow = list(open_log(tmp_path / "x.jsonl").parts())
+    assert len(fast) == len(slow) > 0
+    for a, b in zip(fast, slow, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 # ---------------------------------------------------------------- what is no log

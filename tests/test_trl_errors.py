@@ -147,7 +147,7 @@ def test_seam_fits_and_a_moved_or_old_one_is_named(monkeypatch):
         return None
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", moved)
-    with pytest.raises(InputError, match=r"no longer holds.*must be trl>=1\.10,<1\.17.*trl==1\.16\.0.*bandpo\[train\]"):
+    with pytest.raises(InputError, match=r"no longer holds.*must be trl>=1\.10, .*1\.16\.0: pip install '\.\[trl\]'"):
         check_seam()
 
 

@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import Any
 
-from bandpo.engines._hosts import HOSTS, Host
+from bandpo.engines._hosts import HOSTS, TRIED, TRIED_PYTHON, Host, untried
 from bandpo.engines._hosts import installed_version as installed_version
 
 PACKAGES = ("bandpo", "torch", "trl", "transformers", "accelerate", "datasets", "peft", "reasoning-gym", "matplotlib")
@@ -17,9 +17,10 @@ def examine() -> dict[str, Any]:
     """Look at the installation; an engine that is not installed is not imported.
 
     Returns:
-        ``python``, ``platform``, ``device`` (name, kind, count, threads), ``packages`` (version or None by name) and
+        ``python``, ``platform``, ``device`` (name, kind, count, threads), ``packages`` (version or None by name),
         ``engines``, a list of ``{"name", "version", "fits", "plugged", "note"}``: ``fits`` is None where it is absent,
-        ``plugged`` says whether an engine that loads plug-ins has loaded ours, and is None for the others.
+        ``plugged`` says whether an engine that loads plug-ins has loaded ours, and is None for the others; and
+        ``untried``, a line for each version outside those that the tests ran on, which is no error.
     """
     return {
         "python": platform.python_version(),
@@ -27,6 +28,7 @@ def examine() -> dict[str, Any]:
         "device": _device(),
         "packages": {name: installed_version(name) for name in PACKAGES},
         "engines": [_engine(adapter, host) for adapter, host in HOSTS.items()],
+        "untried": _untried(),
     }
 
 
@@ -49,7 +51,15 @@ def as_text(found: dict[str, Any]) -> str:
         verdict += {True: ", loaded as its plug-in", False: ", NOT LOADED as its plug-in", None: ""}[engine["plugged"]]
         note = f": {engine['note']}" if engine["note"] else ""
         lines.append(f"engine {engine['name']} {engine['version'] or ''}".rstrip() + f", {verdict}{note}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {line}" for line in found["untried"])])
+
+
+def _untried() -> list[str]:
+    """A line for each version installed that is older or newer than the ones tried."""
+    rows: list[tuple[str, str | None, tuple[str, str]]] = [("Python", platform.python_version(), TRIED_PYTHON)]
+    rows += [(name, installed_version(name), tried) for name, tried in TRIED.items()]
+    rows += [(host.package, host.version(), host.tried) for host in HOSTS.values() if host.tried]
+    return [line for name, number, tried in rows if number and (line := untried(name, number, tried))]
 
 
 def _device() -> dict[str, Any]:

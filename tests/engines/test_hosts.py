@@ -48,7 +48,7 @@ def test_a_version_without_the_class_is_told_the_range(monkeypatch: pytest.Monke
 
     monkeypatch.delattr(torchrl.objectives.llm, "GRPOLoss")
     monkeypatch.delitem(sys.modules, "bandpo.engines.torchrl", raising=False)
-    with pytest.raises(ImportError, match=r"^torchrl==\S+: cannot import name 'GRPOLoss'.*; must be torchrl>=0.14.1,<"):
+    with pytest.raises(ImportError, match=r"^torchrl==\S+: cannot import name 'GRPOLoss'.*; must be torchrl>="):
         importlib.import_module("bandpo.engines.torchrl")
 
 
@@ -105,9 +105,7 @@ def test_doctor_says_whether_an_engine_loads_our_plug_in(monkeypatch: pytest.Mon
 
 def test_the_ranges_are_those_of_the_package() -> None:
     extras = PROJECT["optional-dependencies"]
-    requirements = [*extras["engines"], *extras["verl"]]
-    for name in ("verl", "torchrl", "rllib", "tinker"):  # TRL's is wider: older ones were tested too
-        fits, _, tested = HOSTS[name].fits.partition(", tested with ")
-        assert fits in requirements and tested.startswith(fits.partition(">=")[0])
+    for name, extra in {"trl": "trl", "verl": "verl", "torchrl": "torchrl", "rllib": "ray", "tinker": "tinker"}.items():
+        assert HOSTS[name].allows in extras[extra] and f"'.[{extra}]' in a checkout" in HOSTS[name].way
     plugins = PROJECT["entry-points"]["verl.plugins"]
     assert plugins == {"bandpo": "bandpo.engines.verl"} and HOSTS["verl"].plugs

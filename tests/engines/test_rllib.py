@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray.rllib", reason="RLlib is not installed: pip install 'bandpo[engines]'")
+pytest.importorskip("ray.rllib", reason="RLlib is not installed: see docs/engines.md")
 pytestmark = [
     pytest.mark.usefixtures("local_ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of ray and gymnasium

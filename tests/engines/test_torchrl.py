@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torchrl", reason="torchrl is not installed: pip install 'bandpo[engines]'")
+pytest.importorskip("torchrl", reason="torchrl is not installed: see docs/engines.md")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torchrl and tensordict
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -112,7 +112,7 @@ def test_a_proximal_policy_is_the_ratios_denominator() -> None:
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")  # torchrl's own call
 def test_grpo_learns_with_a_language_model() -> None:
     """torchrl's wrapper round a tiny Qwen2 samples and is trained; the reward is the digits of four."""
-    trl_support = pytest.importorskip("trl_support", reason="trl is not installed: pip install 'bandpo[train]'")
+    trl_support = pytest.importorskip("trl_support", reason="trl is not installed: see docs/trl.md")
     from tensordict import TensorDict
     from torchrl.modules.llm import Text, TransformersWrapper
 

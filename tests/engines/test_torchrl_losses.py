@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torchrl", reason="torchrl is not installed: pip install 'bandpo[engines]'")
+pytest.importorskip("torchrl", reason="torchrl is not installed: see docs/engines.md")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torchrl and tensordict
 
 import torch  # noqa: E402

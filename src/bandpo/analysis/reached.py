@@ -15,7 +15,7 @@ from bandpo.clips.base import Clip, Region
 from bandpo.loss.stats import BUCKETS, COUNTS, FIELDS, MOST_RATIO, MOST_REACHED, ClipStats
 from bandpo.operator.family import get_divergence
 from bandpo.operator.radius import RADII
-from bandpo.operator.tokens import MOST_LOG_RATIO, Tokens
+from bandpo.operator.tokens import MOST_LOG_RATIO, Move, Tokens
 
 MEASURES = ("kl", "tv", "chi2")
 NOTHING = 1e-4  # a share of the gradient that nobody can see
@@ -50,30 +50,37 @@ class Reached:
             c: its coefficient for them.
             mask: bool, of their shape.
         """
-        outward = t.log_r[mask] * t.advantages[mask] > 0
-        weights = torch.minimum(t.weighted.abs(), MOST_RATIO * t.advantages.abs())[mask][outward]
-        for name in MEASURES:
-            reached = get_divergence(name).of(t).clamp_(0.0, MOST_REACHED)[mask]
-            self.all[name].add(reached)
-            self.outward[name].add(reached[outward], weights)
-            self.largest[name] = max(self.largest[name], float(reached.max()))
-            self.sums[name] += float(reached.double().sum())
-        self.outward["eps"].add(t.rise[mask].abs()[outward], weights)
-        log_r, log_p = t.log_r[mask], t.log_p[mask]
-        self.largest["log_ratio"] = max(self.largest["log_ratio"], float(log_r.abs().max()))
-        movable = log_p < -CERTAIN  # nothing moves where p is 1
-        self.sums["still"] += float((log_r == 0).sum())
+        # all at once, because a mask is turned into places anew for each tensor that it picks from
+        log_q, log_p, advantages, c, weighted = torch.stack([t.log_q, t.log_p, t.advantages, c, t.weighted])[:, mask]
+        move = Move(log_q, log_p)
+        self._add_moves(move, advantages, weighted)
+        size, log_r = move.log_r.abs(), move.log_r
+        still, movable = size == 0, log_p < -CERTAIN  # nothing moves where p is 1
+        self.largest["log_ratio"] = max(self.largest["log_ratio"], float(size.max()))
+        self.sums["still"] += float(still.sum())
         self.sums["free"] += float(movable.sum())
-        self.sums["stuck"] += float((movable & (log_r == 0)).sum())
-        self.sums["rare"] += float(((log_p < math.log(RARE)) & (t.advantages[mask] > 0)).sum())
-        self.sums["beyond"] += float((log_r.abs() > math.log(2)).sum())
-        self.sums["surprise"] += -float(log_p.clamp(min=-1e4).double().sum())
-        self.sums["taken"] += float((c[mask] != t.weighted[mask]).sum())
+        self.sums["stuck"] += float((movable & still).sum())
+        self.sums["rare"] += float(((log_p < math.log(RARE)) & (advantages > 0)).sum())
+        self.sums["beyond"] += float((size > math.log(2)).sum())
+        self.sums["surprise"] += -float(log_p.clamp(min=-1e4).sum(dtype=torch.float64))
+        self.sums["taken"] += float((c != weighted).sum())
         if isinstance(clip.boundary, Region) and clip.boundary.as_bounds and not clip.boundary.uses_p:
             self.sums["off_simplex"] += float((clip.boundary.bounds(log_p).log_high > -log_p).sum())
         if mask.dim() > 1:
             self._add_sequences(t, mask)
-        self._sample(t, c, mask)
+        self._sample(torch.stack([log_p, log_r, advantages, (c == 0).to(c.dtype)], -1))
+
+    def _add_moves(self, move: Move, advantages: Tensor, weighted: Tensor) -> None:
+        """Count how far tokens went: all of them, and those that went where their advantage pushes."""
+        found = [get_divergence(name).of(move).clamp_(0.0, MOST_REACHED) for name in MEASURES]
+        for name, reached in zip(MEASURES, found, strict=True):
+            self.all[name].add(reached)
+            self.largest[name] = max(self.largest[name], float(reached.max()))
+            self.sums[name] += float(reached.sum(dtype=torch.float64))
+        weights = torch.minimum(weighted.abs(), MOST_RATIO * advantages.abs())
+        *outward, weights = torch.stack([*found, move.rise.abs(), weights])[:, move.log_r * advantages > 0]
+        for name, reached in zip(self.outward, outward, strict=True):
+            self.outward[name].add(reached, weights)
 
     def _add_sequences(self, t: Tokens, mask: Tensor) -> None:
         log_r = t.log_r.double().clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
@@ -82,10 +89,9 @@ class Reached:
         k3 = k3[there]
         self.sequences.append(torch.stack([there.sum().double(), k3.sum(), k3.max(), k1[there].sum()]))
 
-    def _sample(self, t: Tokens, c: Tensor, mask: Tensor) -> None:
+    def _sample(self, rows: Tensor) -> None:
         """Keep every n-th token, n doubled when they become too many."""
-        rows = torch.stack([t.log_p[mask], t.log_r[mask], t.advantages[mask], (c[mask] == 0).to(c.dtype)], -1)
-        self.kept.append(rows[(-self.place) % self.stride :: self.stride])
+        self.kept.append(rows[(-self.place) % self.stride :: self.stride].clone())  # a view would hold all rows
         self.place += len(rows)
         while sum(len(x) for x in self.kept) > SAMPLE:
             self.stride, whole = 2 * self.stride, torch.cat(self.kept)

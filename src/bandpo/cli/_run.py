@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bandpo._input import InputError
 
 if TYPE_CHECKING:
+    from bandpo.lab.reading import RecipeFile
     from bandpo.lab.run.display import Display
     from bandpo.lab.run.folder import RunFolder
     from bandpo.lab.run.session import Session
@@ -24,55 +25,65 @@ if TYPE_CHECKING:
 ALMOST_NOTHING = 1_000_000  # bytes
 
 
-def add_run_options(parser: argparse.ArgumentParser, handler: Callable[[argparse.Namespace], int]) -> None:
-    """Give a command's parser the options of a run; what it leaves over are keys of the recipe, in `overrides`."""
+def add_parser(
+    commands: Any, name: str, handler: Callable[[argparse.Namespace], int], recipes: str, **texts: str
+) -> argparse.ArgumentParser:
+    """Add a command that runs a recipe; what its options leave over are keys of the recipe, in `overrides`."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, **texts)
+    parser.add_argument("recipe", metavar="RECIPE", help=recipes)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="the run's folder (default: the first free one of runs/RECIPE, runs/RECIPE-2, ...)",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last good checkpoint of the run in --out")
     parser.add_argument("--requeue", action="store_true", help="as --resume, but start the run where there is none yet")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the same at the smallest size: does everything fit together?"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout; the last is the result")
     parser.set_defaults(handler=handler, overrides=[], parser=parser)
+    return parser
 
 
-def run(
-    args: argparse.Namespace, engine: str, words: Sequence[str], flags: Sequence[str] = (), suffix: str = ""
-) -> int:
-    """Run a recipe with an engine.
+def _folder(text: str) -> Path:
+    if not text.strip():  # a variable of the shell that is not set, say: the folder one stands in is not meant
+        raise argparse.ArgumentTypeError("must be the name of a folder, as in --out runs/mine")
+    return Path(text)
 
-    Args:
-        args: the namespace of the command's parser.
-        engine: "trl" or "verl".
-        words: the keys of the recipe.
-        flags: flags of the command that belong to the run, without "--".
-        suffix: of the default folder's name.
+
+def read(args: argparse.Namespace, engine: str) -> tuple[RecipeFile, str]:
+    """Return the recipe of a command line, with `--smoke` at that size, and what this changed."""
+    from bandpo.lab.reading import read_recipe
+    from bandpo.lab.smoke import shrink
+
+    file = read_recipe(args.recipe)
+    return shrink(file, engine) if args.smoke else (file, "")
+
+
+def run(args: argparse.Namespace, engine: str, flags: Sequence[str] = ()) -> int:
+    """Run a recipe with an engine; `flags` are further ones of the command that belong to the run, without "--".
 
     Returns:
         Exit code: 0 done, 1 stopped or interrupted.
-
-    Raises:
-        InputError: the command line, the recipe, the folder or the installation cannot be used.
     """
-    from bandpo.lab.reading import read_recipe
     from bandpo.lab.run.display import Display, HumanDisplay, JsonDisplay
     from bandpo.lab.run.folder import RunFolder
     from bandpo.lab.run.session import open_session
 
     # The command promises to need no network; this is the one thing in it that would use it unasked.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    file, main = read_recipe(args.recipe), os.environ.get("RANK", "0") == "0"  # torchrun's name for it
+    (file, changed), main = read(args, engine), os.environ.get("RANK", "0") == "0"  # torchrun's name for it
     resume = args.resume or args.requeue
-    folder = RunFolder(args.out or default_out(f"{file.name}{suffix}", resume))
+    folder = RunFolder(args.out or default_out(f"{file.name}{'-smoke' if args.smoke else ''}", resume))
     if engine == "verl":
         folder = RunFolder(folder.path.absolute())
     shown = folder.path if args.out is None or engine != "verl" else args.out
-    flagged = [f"--{name}" for name in flags if getattr(args, name)]
+    flagged = [f"--{name}" for name in (*flags, "smoke") if getattr(args, name)]
 
     def command(words: Sequence[str]) -> str:
-        return shlex.join(["bandpo", _NAMES[engine], args.recipe, *words, *flagged, "--out", str(shown)])
+        return shlex.join([*_program(), _NAMES[engine], args.recipe, *words, *flagged, "--out", str(shown)])
 
     display: Display = Display() if not main else JsonDisplay() if args.json else HumanDisplay()
     go_on = f"go on with: {command(args.overrides)} --resume"
@@ -82,10 +93,11 @@ def run(
                 display.note(f"{folder.path}: no run there yet, so --requeue starts one")
             if engine == "trl":
                 display.note("loading PyTorch, transformers and TRL (about 10 s)")
+            if changed:
+                display.note(changed)
             session = open_session(
-                file, words, folder, display, engine=engine, command=command(args.overrides), again=command,
-                resume=resume, start=not args.resume,
-                **{name: getattr(args, name) for name in flags if name in ("compare", "warmup")},
+                file, args.overrides, folder, display, engine=engine, command=command, resume=resume,
+                start=not args.resume, **{name: getattr(args, name) for name in flags},
             )  # fmt: skip
             _engine(engine)(session)
     except (InputError, BrokenPipeError):
@@ -107,6 +119,15 @@ def _nothing_asked() -> Iterator[None]:
 
 
 _NAMES = {"trl": "train", "verl": "verl"}
+
+
+def _program() -> list[str]:
+    """What starts this command: torchrun, where it did, with as many processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "LOCAL_WORLD_SIZE" not in os.environ:
+        return ["bandpo"]
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    many = [] if nodes == "1" else ["--nnodes", nodes]
+    return ["torchrun", *many, "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], "-m", "bandpo"]
 
 
 def _engine(engine: str) -> Callable[[Session], Any]:

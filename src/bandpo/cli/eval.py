@@ -81,6 +81,10 @@ def _eval(args: argparse.Namespace) -> None:
 
     _check(args)
     stored = {name: read_answers(Path(name)) for name in args.models if name.endswith(STORED)}
+    for name, found in stored.items():
+        theirs = str(found.facts.get("task") or args.task)
+        if Path(theirs).name != Path(args.task).name:  # a task of one's own may lie elsewhere by now
+            raise InputError(f"{name}: holds samples of task {theirs!r}, and --task is {args.task!r}; name theirs")
     task, sampled = _task(args), [name for name in args.models if name not in stored]
     out = args.out or Path("evals") / _slug(task.name)
     places = {name: _place(name) for name in sampled}

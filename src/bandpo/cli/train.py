@@ -8,7 +8,6 @@ from typing import Any
 from bandpo._input import InputError
 from bandpo.cli import _run, study
 
-SMOKE = ["--max_steps=2", "--eval_prompts=4", "--eval_samples=1", "--eval_every=0"]
 EPILOG = """\
 A recipe is a YAML file; its keys have the names of TRL's GRPOConfig, and beside them there are
 
@@ -21,6 +20,7 @@ A recipe is a YAML file; its keys have the names of TRL's GRPOConfig, and beside
   threads               CPU threads of PyTorch (0: its own choice)
   use_peft, lora_r, ... TRL's LoRA fields
   trl, verl             what is one backend's alone: trl.min_p, verl.workers
+  smoke                 sizes for --smoke: another model, fewer problems; two optimiser steps where it says no more
 
 Every key can be given on the command line; it wins over the recipe. A GPU is taken where there is one, unless the
 recipe says use_cpu, as demo does: its model is too small to gain from one. With several GPUs or machines:
@@ -39,15 +39,12 @@ examples:
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "train",
-        help="train a language model by a recipe",
+    parser = _run.add_parser(
+        commands, "train", _train, "demo, smollm2, or a YAML file", help="train a language model by a recipe",
         description="Train a language model by a recipe: evaluate on held-out problems, train by reinforcement\n"
         "learning with TRL, evaluate again, write a report.",
-        usage="bandpo train RECIPE [--key value ...] [options]",
-        epilog=EPILOG,
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="demo, smollm2, or a YAML file")
+        usage="bandpo train RECIPE [--key value ...] [options]", epilog=EPILOG,
+    )  # fmt: skip
     parser.add_argument(
         "--compare",
         nargs="?",
@@ -60,18 +57,17 @@ def add_parser(commands: Any) -> None:
         "--seeds", nargs="+", metavar="SEED", help="a study: every clip with each of these seeds, as in 0 1 2 or 0-9"
     )
     parser.add_argument("--warmup", action="store_true", help="make the tiny model's warm-up checkpoint first")
-    parser.add_argument("--smoke", action="store_true", help="two optimiser steps: does everything fit together?")
-    _run.add_run_options(parser, _train)
 
 
 def _train(args: argparse.Namespace) -> int:
     if args.seeds:
+        for flag in ("resume", "requeue", "smoke", "warmup"):
+            if getattr(args, flag):
+                raise InputError(f"--{flag} with --seeds: is for one run, and a study goes on by itself; leave it out")
         return study.short_form(args)
     if isinstance(args.compare, str):
         raise InputError(
             f"--compare {args.compare}: clips are for several seeds, as in --seeds 0 1 2 --compare none,fixed,band; "
             "without --seeds give --compare alone, after the recipe"
         )
-    words = [*(SMOKE if args.smoke else []), *args.overrides]
-    suffix = "-smoke" if args.smoke else ""
-    return _run.run(args, "trl", words, flags=("compare", "warmup", "smoke"), suffix=suffix)
+    return _run.run(args, "trl", flags=("compare", "warmup"))

@@ -38,37 +38,33 @@ examples:
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "verl",
+    parser = _run.add_parser(
+        commands, "verl", _verl, "verl-demo, another name, or a YAML file",
         help="train by a recipe with verl, on several GPUs or nodes",
         description="Train a language model by a recipe with verl on Ray, from two processes on a CPU to many nodes,\n"
         "and leave the same folder and report as `bandpo train`.",
-        usage="bandpo verl RECIPE [--key value ...] [key=value ...] [options]",
-        epilog=EPILOG,
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="verl-demo, another name, or a YAML file")
+        usage="bandpo verl RECIPE [--key value ...] [key=value ...] [options]", epilog=EPILOG,
+    )  # fmt: skip
     parser.add_argument("--print", action="store_true", help="print verl's command line and do nothing else")
     parser.add_argument("--prepare", action="store_true", help="write the data and print verl's command line")
-    _run.add_run_options(parser, _verl)
 
 
 def _verl(args: argparse.Namespace) -> int:
     if not (args.print or args.prepare):
-        return _run.run(args, "verl", args.overrides)
+        return _run.run(args, "verl")
     if args.resume or args.requeue:
         raise InputError("--resume: continues a run, which neither --print nor --prepare does; give one of them")
-    from bandpo.lab.reading import read_recipe
     from bandpo.lab.recipe import load
     from bandpo.lab.run.folder import RunFolder
     from bandpo.lab.verl.config import environment, schedule, to_verl
-    from bandpo.lab.verl.run import make_place, prepare
+    from bandpo.lab.verl.run import is_plain, make_place, prepare
 
-    file = read_recipe(args.recipe)
+    file, _ = _run.read(args, "verl")
     recipe = load(file, args.overrides, backend="verl")
     schedule(recipe)
     out = (args.out or _run.default_out(file.name, False)).absolute()
     if args.print:
-        plain = isinstance(recipe.make_task().eval_dataset(1)[0]["prompt"], str)
+        plain = is_plain(recipe.make_task())
     else:
         with RunFolder(out).claimed():
             plain = prepare(recipe, out)

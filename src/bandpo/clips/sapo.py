@@ -15,7 +15,7 @@ from bandpo.operator.tokens import Tokens, above
 
 @dataclass(frozen=True)
 class Sapo(Clip):
-    """A sigmoid in place of the hard gate; the same at every old probability.
+    """A sigmoid instead of the hard gate; the same at every old probability.
 
     c = 4 s (1 - s) r A,  s = sigmoid(tau (r - 1)),  tau = tau_pos where A > 0, else tau_neg
 

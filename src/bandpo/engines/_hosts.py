@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,17 +34,25 @@ class Host:
 
     Args:
         package: its name as a distribution.
-        fits: the versions whose seam is known, and the one that is tested.
+        allows: the versions that may be installed, as in the package's requirements.
         way: how to install one of them.
+        tried: the oldest and the newest version that the adapter's tests ran on, or None.
         part: a further package without which it is no engine, or None.
         plugs: whether it loads the adapter by itself as it is imported, through an entry point.
     """
 
     package: str
-    fits: str
+    allows: str
     way: str
+    tried: tuple[str, str] | None = None
     part: str | None = None
     plugs: bool = False
+
+    @property
+    def fits(self) -> str:
+        """The versions allowed and those tested, in words."""
+        tested = self.tried and f", tested with {self.package}=={_in_words(self.tried)}"
+        return self.allows + (tested or "")
 
     def version(self) -> str | None:
         """Return the version installed; None where the framework, or its part, is not."""
@@ -111,18 +120,16 @@ class Host:
 
 LOSS_MODE = "bandpo"  # the loss's name in verl, and its configuration's place: for those who may not import verl
 TARGET = "bandpo.engines.verl.BandLossConfig"
-_EXTRA = "pip install 'bandpo[{}]'"
-HOSTS = {  # by the adapter's name
-    "trl": Host("trl", "trl>=1.10,<1.17, tested with trl==1.16.0", _EXTRA.format("train")),
+_EXTRA = "pip install '.[{}]' in a checkout of bandpo"
+HOSTS = {  # by the adapter's name; what was tried stands in docs/versions.md
+    "trl": Host("trl", "trl>=1.10", _EXTRA.format("trl"), ("1.10.0", "1.16.0")),
     "verl": Host(
-        "verl", "verl>=0.9.1,<0.10, tested with verl==0.9.1", f"{_EXTRA.format('verl')} in an environment of its own",
+        "verl", "verl>=0.9.1,<0.10", f"{_EXTRA.format('verl')}, in an environment of its own", ("0.9.1", "0.9.1"),
         plugs=True,
     ),
-    "torchrl": Host("torchrl", "torchrl>=0.14.1,<0.15, tested with torchrl==0.14.1", _EXTRA.format("engines")),
-    "rllib": Host(
-        "ray", "ray[rllib]>=2.60,<2.61, tested with ray[rllib]==2.60.0", _EXTRA.format("engines"), part="gymnasium"
-    ),
-    "tinker": Host("tinker", "tinker>=0.38,<0.39, tested with tinker==0.38.0", _EXTRA.format("engines")),
+    "torchrl": Host("torchrl", "torchrl>=0.14.1", _EXTRA.format("torchrl"), ("0.14.1", "0.14.1")),
+    "rllib": Host("ray", "ray[rllib]>=2.60", _EXTRA.format("ray"), ("2.60.0", "2.60.0"), part="gymnasium"),
+    "tinker": Host("tinker", "tinker>=0.38", _EXTRA.format("tinker"), ("0.38.0", "0.38.0")),
     "skyrl": Host(
         "skyrl", "skyrl>=0.4,<0.5, tested with skyrl==0.4.0", "pip install 'skyrl==0.4.0' on Python 3.12 or newer"
     ),
@@ -135,3 +142,35 @@ HOSTS = {  # by the adapter's name
         "pip install 'git+https://github.com/THUDM/slime' (the index has another slime)",
     ),
 }  # fmt: skip
+# What the adapters stand on, as far as it was tried: a version outside is no error, `bandpo doctor` says it.
+TRIED = {"torch": ("2.13.0", "2.14.1"), "transformers": ("5.3.0", "5.24.0")}
+TRIED_PYTHON = ("3.11", "3.12")
+
+
+def untried(package: str, found: str, tried: tuple[str, str]) -> str | None:
+    """Say that a version lies outside those that were tried.
+
+    Args:
+        package: its name.
+        found: the version installed.
+        tried: the oldest and the newest tried.
+
+    Returns:
+        One line, or None where it lies between them. The numbers of the shorter version decide.
+    """
+    oldest, newest = map(_numbers, tried)
+    number = _numbers(found)
+    older, newer = number < oldest[: len(number)], number[: len(newest)] > newest
+    if not older and not newer:
+        return None
+    return f"{package} {found} is {'older' if older else 'newer'} than those tried ({_in_words(tried)})"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The release of a version: of 2.13.0+cpu, 1.16.0.dev0 or 5.0.0rc1 its leading numbers."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def _in_words(tried: tuple[str, str]) -> str:
+    return tried[0] if tried[0] == tried[1] else f"{tried[0]} to {tried[1]}"

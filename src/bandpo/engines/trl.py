@@ -159,7 +159,25 @@ class BandGRPOTrainer(GRPOTrainer):
         self._logps: Tensor | None = None
         self._entropies: Tensor | None = None
         self._stats: ClipStats | None = None
+        self._told_of_rewards = False
         self._shaped: dict[str, Any] | None = None  # the inputs of a loss whose advantages are still to be exchanged
+
+    def _calculate_rewards(self, *args: Any, **named: Any) -> Any:
+        """Count the completions whose rewards TRL cannot use, which it would turn into advantages of 0."""
+        rewards = super()._calculate_rewards(*args, **named)  # (completion, function), of all ranks; NaN for None
+        bad = rewards.isinf().any(1) | rewards.isnan().all(1)
+        share = bad.float().mean().item()
+        self._metrics[self._mode]["rewards/not_finite"].append(share)
+        if share and not self._told_of_rewards and self.accelerator.is_main_process:
+            self._told_of_rewards = True
+            warnings.warn(
+                f"rewards: {int(bad.sum())} of {len(bad)} completions have an infinite one, or none but NaN and None; "
+                "TRL gives such a completion advantage 0, and where one is infinite its whole group; the share is "
+                "logged as rewards/not_finite, this is said once",
+                UserWarning,
+                stacklevel=2,
+            )
+        return rewards
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **named: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **named)

@@ -19,10 +19,11 @@ HYDRA = re.compile(r"(\+\+?)?[A-Za-z_][\w.@/-]*=|~[A-Za-z_]")
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe as it stands in its file: its name and its keys, not checked yet."""
+    """A recipe as it stands in its file: its name, its keys, and those that `--smoke` changes; not checked yet."""
 
     name: str
     keys: dict[str, Any]
+    smoke: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,14 +68,7 @@ for _tag, _form, _first in (
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """Read YAML.
-
-    Args:
-        text: the YAML.
-        source: what it is, for the message.
-
-    Returns:
-        What it says.
+    """Return what YAML says; `source` is what it is, for the message.
 
     Raises:
         InputError: it is not YAML, or nested or repeated beyond all sense; names the line.
@@ -103,13 +97,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name_or_path: str) -> RecipeFile:
-    """Find a recipe and read its file.
-
-    Args:
-        name_or_path: a recipe's name, or a YAML file.
-
-    Returns:
-        The recipe's keys, not checked yet.
+    """Find a recipe by its name, or a YAML file, and read its keys, not checked yet.
 
     Raises:
         InputError: no such recipe or file, not YAML, not a mapping.
@@ -133,7 +121,10 @@ def read_recipe(name_or_path: str) -> RecipeFile:
     keys = read_yaml(text, f"recipe {name_or_path}")
     if not isinstance(keys, dict) or not keys:
         raise InputError(f"recipe {name_or_path}: must be a YAML mapping of keys to values, such as 'task: addition'")
-    return RecipeFile(path.stem, {str(key): value for key, value in keys.items()})
+    smoke = keys.pop("smoke", None) or {}
+    if not isinstance(smoke, dict):
+        raise InputError(f"recipe {name_or_path}: smoke={smoke!r}: must be a mapping of keys to small values")
+    return RecipeFile(path.stem, {str(key): value for key, value in keys.items()}, smoke)
 
 
 def read_words(words: Sequence[str], *, typed: Collection[str], flags: Collection[str], hydra: bool) -> Words:

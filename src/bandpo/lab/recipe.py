@@ -11,12 +11,12 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError, ValidationInfo
 
 from bandpo._input import InputError, nearest
 from bandpo.lab.reading import RecipeFile, Words, read_recipe, read_words
@@ -125,11 +125,11 @@ def maybe(kind: Any, value: Any) -> Any:
     return None if value is None else kind(value)
 
 
-def mapping(name: str, value: Any) -> dict[str, Any]:
+def mapping(value: Any, field: ValidationInfo) -> dict[str, Any]:
     """A mapping with words as keys."""
     found = {} if value is None else value
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(f"must be a mapping, as in --{name}.name value")
+        raise ValueError(f"must be a mapping, as in --{field.field_name}.name value")
     return found
 
 
@@ -138,8 +138,10 @@ def _scale(value: Any) -> str:
 
 
 Text = Annotated[str, BeforeValidator(text)]
-Words_ = Annotated[list[str] | None, BeforeValidator(texts)]
+Name = Annotated[str | None, BeforeValidator(text)]
+Names = Annotated[list[str] | None, BeforeValidator(texts)]
 Numbers = Annotated[list[float] | None, BeforeValidator(numbers)]
+Keys = Annotated[dict[str, Any], BeforeValidator(mapping)]
 Flag = Annotated[bool | None, BeforeValidator(truth)]
 Perhaps = Annotated[bool | None, BeforeValidator(partial(maybe, truth))]
 Count = Annotated[int | None, BeforeValidator(partial(whole, 1, MOST))]
@@ -172,13 +174,13 @@ class Recipe(BaseModel):
 
     task: Text
     model: Text
-    task_args: Annotated[dict[str, Any], BeforeValidator(partial(mapping, "task_args"))] = {}
+    task_args: Keys = {}
     trust_remote_code: Annotated[bool, BeforeValidator(truth)] = False
-    reward_funcs: Words_ = None
+    reward_funcs: Names = None
     reward_weights: Numbers = None
     clip: Text = "band"
-    clip_args: Annotated[dict[str, Any], BeforeValidator(partial(mapping, "clip_args"))] = {}
-    clip_metrics: Annotated[str | None, BeforeValidator(text)] = None
+    clip_args: Keys = {}
+    clip_metrics: Name = None
 
     num_generations: Count = None
     per_device_train_batch_size: Count = None
@@ -193,19 +195,19 @@ class Recipe(BaseModel):
 
     max_steps: Count = None
     learning_rate: Positive = None
-    lr_scheduler_type: Annotated[str | None, BeforeValidator(text)] = None
+    lr_scheduler_type: Name = None
     warmup_steps: NotNegative = None
     weight_decay: NotNegative = None
     max_grad_norm: NotNegative = None
     adam_beta1: Beta = None
     adam_beta2: Beta = None
-    loss_type: Annotated[str | None, BeforeValidator(text)] = None
+    loss_type: Name = None
     scale_rewards: Annotated[str | None, BeforeValidator(_scale)] = None
     beta: NotNegative = None
     use_peft: Flag = None
     lora_r: Count = None
     lora_alpha: Count = None
-    lora_target_modules: Words_ = None
+    lora_target_modules: Names = None
 
     seed: Annotated[int | None, BeforeValidator(partial(whole, 0, 2**32 - 1))] = None
     use_cpu: Flag = None
@@ -224,25 +226,19 @@ class Recipe(BaseModel):
     save_steps: Count = None
     # at least 2, as a kill while saving spoils the newest checkpoint
     save_total_limit: Annotated[int | None, BeforeValidator(partial(maybe, partial(whole, 2, MOST)))] = 2
-    report_to: Words_ = None
-    run_name: Annotated[str | None, BeforeValidator(text)] = None
+    report_to: Names = None
+    run_name: Name = None
 
-    trl: Annotated[dict[str, Any], BeforeValidator(partial(mapping, "trl"))] = {}
-    verl: Annotated[dict[str, Any], BeforeValidator(partial(mapping, "verl"))] = {}
+    trl: Keys = {}
+    verl: Keys = {}
 
     _name: str = PrivateAttr("recipe")
-    _words: tuple[str, ...] = PrivateAttr(())
     _typed: frozenset[str] = PrivateAttr(frozenset())
 
     @property
     def name(self) -> str:
         """The recipe's name, which also names the default output folder."""
         return self._name
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The command line's part, as it was given."""
-        return self._words
 
     @property
     def others(self) -> dict[str, Any]:
@@ -256,7 +252,7 @@ class Recipe(BaseModel):
 
     def where(self, key: str) -> str:
         """Where a key was given, for a message."""
-        return f"--{key}" if key in self._typed else f"recipe {self._name}: {key}"
+        return _where(self._typed, self._name, key)
 
     def dump(self) -> str:
         """The recipe as YAML; `load` reads it back."""
@@ -315,11 +311,7 @@ def load(source: str | RecipeFile, words: Sequence[str] = (), *, backend: str = 
     file = read_recipe(source) if isinstance(source, str) else source
     given = read_words(words, typed=SHARED - _TEXT, flags=_TRUTH, hydra=backend == "verl")
     typed = frozenset({*given.plain, *given.nested})
-    values = _laid_over(file.keys, given)
-
-    def where(key: str) -> str:
-        return f"--{key}" if key in typed else f"recipe {file.name}: {key}"
-
+    values, where = _laid_over(file.keys, given), partial(_where, typed, file.name)
     for key in values:
         if hint := INSTEAD["both"].get(key) or INSTEAD[backend].get(key):
             raise InputError(f"{where(key)} cannot be set here: {hint}")
@@ -333,21 +325,16 @@ def load(source: str | RecipeFile, words: Sequence[str] = (), *, backend: str = 
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise _one_line(error, where, file.name) from None
-    recipe._name, recipe._words, recipe._typed = file.name, tuple(words), typed
+    recipe._name, recipe._typed = file.name, typed
     return recipe
 
 
+def _where(typed: Collection[str], name: str, key: str) -> str:
+    return f"--{key}" if key in typed else f"recipe {name}: {key}"
+
+
 def refuse_unknown(recipe: Recipe, known: Sequence[str], also: str = "") -> None:
-    """Raise for a key at the top that neither the recipe nor the engine has.
-
-    Args:
-        recipe: from `load`.
-        known: the engine's own keys.
-        also: what else may be written, for the message.
-
-    Raises:
-        InputError: names the nearest key.
-    """
+    """Raise for a key at the top that neither the recipe nor the engine has; `also` says what else may be written."""
     for key in recipe.others:
         if key not in known:
             choices = [*SHARED, *known, *(FLAGS if recipe.where(key).startswith("--") else ())]
@@ -424,6 +411,12 @@ def _one_line(error: ValidationError, where: Any, name: str) -> InputError:
     if first["input"] is True and where(key).startswith("--"):
         return InputError(f"{where(key)}: needs a value; it {why}")
     return InputError(f"{where(key)}={shown(first['input'])}: {why}")
+
+
+def multiples(of: int, near: int) -> str:
+    """The multiples of a number next to another one, for a message."""
+    low = near // of * of
+    return f"{low} or {low + of}" if low else f"{of}"
 
 
 def shown(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ BRIEF = (
 HOW_MUCH = ("brief", "full", "none")
 MOST_RATIO = math.exp(20.0)  # no gradient counts for more than e^20 |A|
 MOST_REACHED = 1e29  # nor a divergence for more than this, so that sums stay finite
+_NAMES = (*COUNTS[1:], "zero_grad", *GRADIENTS[:2], *(f"{m}_{x}" for x in ("mean", "max") for m in MEASURES), "share")
+_ROWS = tuple(f"{sign}{bucket}" for sign in ("", "/pos", "/neg") for bucket in ("", *(f"/{b}" for b in BUCKETS)))
+_PLACES = {f"{name}{row}": i for i, (row, name) in enumerate((r, n) for r in _ROWS for n in _NAMES)}  # of all metrics
 PIECE, LARGE_PIECE = 1 << 14, 1 << 22  # tokens counted at a time on a CPU, and elsewhere: little memory, exact sums
 
 
@@ -73,12 +77,8 @@ class ClipStats:
         kept = kept / torch.where(free > 0, free, 1.0)
         zero = shares[..., -2:].sum(-1, keepdim=True)
         table = torch.cat([shares, zero, kept, reached / tokens, most, counts[..., :1] / tokens[0, 0]], -1).float()
-        names = (*COUNTS[1:], "zero_grad", *GRADIENTS[:2], *(f"{m}_{x}" for x in ("mean", "max") for m in MEASURES))
-        places = [f"{sign}{bucket}" for sign in ("", "/pos", "/neg") for bucket in ("", *(f"/{b}" for b in BUCKETS))]
-        keys = [f"{name}{place}" for place in places for name in (*names, "share")]
-        found = dict(zip(keys, table.flatten().unbind(), strict=True))
-        del found["share"]  # of all tokens among all tokens
-        return {prefix + name: found[name] for name in (found if only is None else only)}
+        found, wanted = table.flatten(), [name for name in _PLACES if name != "share"] if only is None else only
+        return {prefix + name: found[_PLACES[name]] for name in wanted}
 
 
 @torch.no_grad()
@@ -94,16 +94,13 @@ def count(clip: Clip, tokens: Tokens, c: Tensor) -> ClipStats:
         `ClipStats`.
     """
     region, bins = clip.boundary, len(SIGNS) * len(BUCKETS) + 1  # the last for padding
-    flat = [x.flatten() for x in (tokens.log_q, tokens.log_p, tokens.advantages, c)]
-    flat += [] if tokens.mask is None else [tokens.mask.flatten()]
-    sides = [] if region is None or region.splits else [x.flatten() for x in _sides(region, tokens)]
+    sides = () if region is None or region.splits else _sides(region, tokens)
     wide = torch.float32 if c.device.type == "mps" else torch.float64
     sums = torch.zeros(len(FIELDS), bins, dtype=wide, device=c.device)
     maxima = torch.zeros(len(MEASURES), bins, dtype=c.dtype, device=c.device)
-    for piece in _pieces(flat + sides):
-        t, c_piece = Tokens(*piece[:3]), piece[3]
-        side, capped = piece[len(flat) :] or _sides(region, t)
-        index, rows = _bins(t, *piece[4 : len(flat)]), torch.stack(_columns(clip, t, c_piece, side, capped))
+    for t, mask, c_piece, *side in _pieces(tokens, c, *sides):
+        index = _bins(t, mask).flatten()
+        rows = torch.stack(_columns(clip, t, c_piece, *(side or _sides(region, t)))).flatten(1)
         sums += torch.zeros(len(FIELDS), bins, dtype=c.dtype, device=c.device).index_add(1, index, rows)
         reached = rows[-len(MEASURES) :]
         maxima = maxima.scatter_reduce(1, index.expand_as(reached), reached, "amax")
@@ -123,7 +120,7 @@ def _sides(region: Region | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
     return inside, above(side - inside, 0.0)
 
 
-def _bins(tokens: Tokens, mask: Tensor | None = None) -> Tensor:
+def _bins(tokens: Tokens, mask: Tensor | None) -> Tensor:
     """Return the bin of each token, by the sign of its advantage and its old probability."""
     index = 5 * (torch.sign(tokens.advantages).nan_to_num() + 1)
     for edge in EDGES:
@@ -147,10 +144,13 @@ def _columns(clip: Clip, t: Tokens, c: Tensor, side: Tensor, capped: Tensor) -> 
     )  # fmt: skip
 
 
-def _pieces(tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield pieces small enough that their rows hold little memory."""
-    if torch.compiler.is_compiling():
-        yield tuple(tensors)
-    else:
-        size = PIECE if tensors[0].device.type == "cpu" else LARGE_PIECE
-        yield from zip(*(torch.split(x, size) for x in tensors), strict=True)
+def _pieces(tokens: Tokens, *more: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield tokens, their mask and more tensors, in pieces small enough that their rows hold little memory."""
+    size = PIECE if tokens.log_p.device.type == "cpu" else LARGE_PIECE
+    if tokens.log_p.numel() <= size or torch.compiler.is_compiling():
+        yield tokens, tokens.mask, *more
+        return
+    flat = [torch.split(x.flatten(), size) for x in (tokens.log_q, tokens.log_p, tokens.advantages, *more)]
+    masks = [None] * len(flat[0]) if tokens.mask is None else torch.split(tokens.mask.flatten(), size)
+    for mask, *piece in zip(masks, *flat, strict=True):
+        yield Tokens(*piece[:3]), mask, *piece[3:]

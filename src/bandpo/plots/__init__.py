@@ -1,6 +1,7 @@
 """Drawings of clips, and the look that every drawing of the project shares (needs matplotlib: extra ``train``).
 
-``python -m bandpo.plots docs/img/bounds.svg`` draws the picture of the README; ``python docs/draw.py`` all others.
+``python -m bandpo.plots docs/img/bounds.svg`` draws the picture of the README, for light pages and for dark ones;
+``python docs/draw.py`` all others.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from bandpo.plots.look import RC as RC
 from bandpo.plots.look import RULE as RULE
 from bandpo.plots.look import need_matplotlib as need_matplotlib
 from bandpo.plots.look import save as save
+from bandpo.plots.look import save_both as save_both
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw the README's picture to the file named on the command line."""
+    """Draw the README's picture to the file named on the command line; an .svg for dark pages too."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1:
         print("usage: python -m bandpo.plots FILE.svg", file=sys.stderr)
         return 2
     try:
-        print(save(draw_bounds(readme_clips()), Path(arguments[0])))
+        figure, path = draw_bounds(readme_clips()), Path(arguments[0])
+        print(*(save_both(figure, path) if path.suffix == ".svg" else [save(figure, path)]), sep="\n")
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ def need_matplotlib() -> None:
         raise InputError("drawing needs matplotlib, which is not installed: pip install matplotlib") from None
 
 
-def save(figure: Figure, path: Path, theme: Theme | None = None) -> Path:
+def save(figure: Figure, path: str | Path, theme: Theme | None = None) -> Path:
     """Write a figure; the suffix says the format (svg, png, pdf).
 
     Args:
@@ -115,18 +116,49 @@ def save(figure: Figure, path: Path, theme: Theme | None = None) -> Path:
     Raises:
         InputError: the suffix is no format of matplotlib, or the file cannot be written.
     """
-    from matplotlib import rc_context
-
-    formats = figure.canvas.get_supported_filetypes()
+    formats, path = figure.canvas.get_supported_filetypes(), Path(path)
     kind = path.suffix.lower().lstrip(".")
     if kind not in formats:
         raise InputError(f"{path}: cannot draw to {kind or 'a file without a suffix'!r}; use .svg, .png or .pdf")
+    drawn = _drawn(figure, kind, RC if theme is None else theme.rc)
+    return _write(path, drawn if theme is None or kind != "svg" else slim(drawn))
+
+
+def save_both(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure for light pages, and beside it NAME-dark.svg, the same in the colours of `DARK`; no ground.
+
+    Args:
+        figure: a matplotlib figure in the colours of this module.
+        path: of the light one, an .svg.
+
+    Returns:
+        Both paths.
+
+    Raises:
+        InputError: it is no .svg, or cannot be written.
+    """
+    if path.suffix != ".svg":
+        raise InputError(f"{path}: only an .svg is drawn for light and dark pages; use .svg")
+    drawn = _drawn(figure, "svg", RC | {"savefig.transparent": True})
+    own, theirs = (INK, MUTED, RULE, *COLOURS), (DARK.ink, DARK.muted, DARK.rule, *DARK.colours)
+    swap = dict(zip(own, theirs, strict=True))
+    dark = re.sub("#[0-9a-f]{6}", lambda found: swap.get(found[0], found[0]), drawn.decode("utf-8")).encode("utf-8")
+    return [_write(path, drawn), _write(path.with_name(f"{path.stem}-dark.svg"), dark)]
+
+
+def _drawn(figure: Figure, kind: str, rc: dict[str, Any]) -> bytes:
+    from matplotlib import rc_context
+
     stamp = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else {}
     drawn = io.BytesIO()
-    with rc_context(RC if theme is None else theme.rc):
+    with rc_context(rc):
         figure.savefig(drawn, format=kind, dpi=160, metadata=stamp)
+    return drawn.getvalue()
+
+
+def _write(path: Path, data: bytes) -> Path:
     try:
-        path.write_bytes(drawn.getvalue() if theme is None or kind != "svg" else slim(drawn.getvalue()))
+        path.write_bytes(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give a folder that exists") from None
     return path

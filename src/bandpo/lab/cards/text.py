@@ -37,13 +37,19 @@ FROM_DEMO = (
 )  # fmt: skip
 
 
-def page(it: About, found: list[Numbers], engines: Mapping[str, Mapping[str, str]] | None = None) -> str:
+def page(
+    it: About,
+    found: list[Numbers],
+    engines: Mapping[str, Mapping[str, str]] | None = None,
+    studies: Iterable[str] = (),
+) -> str:
     """Return the page of a clip.
 
     Args:
         it: the clip.
         found: its numbers.
         engines: engine to clip to how it is carried, as tests/engines/matrix.py prints it; None where nobody has.
+        studies: those of docs/evidence.md with an arm of this clip, by name.
 
     Returns:
         Markdown.
@@ -73,6 +79,7 @@ def page(it: About, found: list[Numbers], engines: Mapping[str, Mapping[str, str
         *_bullets("Published values", (*it.said("published"), *_presets(it))),
         *_recipe(it),
         *_bullets("Paper, README and code disagree", it.said("disagree")),
+        *_section("Measured here", _studies(studies)),
         "## Engines",
         _engines(it, engines),
         *_sources(it),
@@ -219,6 +226,11 @@ def _engines(it: About, engines: Mapping[str, Mapping[str, str]] | None) -> str:
     if not rows:
         return "Which trainers carry it, and how: [Engines](../engines.md)."
     return _table(("engine", "how"), rows) + "\n\nMore: [Engines](../engines.md)."
+
+
+def _studies(names: Iterable[str]) -> list[str]:
+    links = ", ".join(f"[{name}](../evidence.md#{name})" for name in names)
+    return [f"It was an arm of these studies, written down before they ran: {links}."] if links else []
 
 
 def _sources(it: About) -> list[str]:

@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bandpo._input import InputError
 from bandpo.clips import list_clips
@@ -30,20 +30,19 @@ def write_texts(docs: Path) -> list[Path]:
     """Write every card, and what is generated of clips.md, which-clip.md and explorer.html, where these are there.
 
     Args:
-        docs: the folder of the docs; data/engines.json in it, if there, says which engine carries what, and
-            data/others.csv what others measured.
+        docs: the folder of the docs; in it, if there, data/engines.json says which engine carries what,
+            data/measured.json which studies have run with what, and data/others.csv what others measured.
 
     Returns:
         The files written.
     """
     (docs / "clips").mkdir(parents=True, exist_ok=True)
-    file = docs / "data" / "engines.json"
-    engines = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    engines, measured = (_data(docs / "data" / name) for name in ("engines.json", "measured.json"))
     written = []
     clips = [about(name) for name in list_clips()]
     for it in clips:
         path = docs / "clips" / f"{it.name}.md"
-        path.write_text(page(it, _numbers(it), engines), encoding="utf-8")
+        path.write_text(page(it, _numbers(it), engines, measured.get(it.name, ())), encoding="utf-8")
         written.append(path)
     written += [_fill(docs / "clips.md", "registry", lambda: registry(clips))]
     written += [_fill(docs / "which-clip.md", "others", lambda: others(docs / "data" / "others.csv"))]
@@ -135,6 +134,10 @@ def others(file: Path) -> str:
         for r in rows
     ]
     return "\n".join([head, *table])
+
+
+def _data(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _numbers(it: About) -> list[Numbers]:

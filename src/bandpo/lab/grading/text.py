@@ -18,14 +18,7 @@ OPEN, CLOSE = "<answer>", "</answer>"
 
 
 def answer_text(completion: Completion) -> str:
-    """The text to grade: of a conversation, the last turn of the assistant; what tools said is no answer.
-
-    Args:
-        completion: text, or chat messages, whose content is text or a list of parts.
-
-    Returns:
-        The text; "" when the assistant said nothing.
-    """
+    """The text to grade: of a conversation, the assistant's last turn, "" for none; what tools said is no answer."""
     if isinstance(completion, str):
         return completion
     turns = [message for message in completion if message.get("role", "assistant") == "assistant"]
@@ -40,27 +33,13 @@ def _content_text(content: Any) -> str:
 
 
 def tagged(text: str) -> str | None:
-    """What stands between the last <answer> and </answer>.
-
-    Args:
-        text: what the model wrote.
-
-    Returns:
-        The answer without blanks around it, or None.
-    """
+    """What stands between the last <answer> and </answer>, without blanks around it, or None."""
     start = text.rfind(OPEN, 0, max(text.rfind(CLOSE), 0))  # no pattern: many <answer> would take it minutes
     return None if start < 0 else text[start + len(OPEN) : text.index(CLOSE, start)].strip()
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{...}``, braces balanced.
-
-    Args:
-        text: what the model wrote.
-
-    Returns:
-        The answer, or None when there is no box or it never closes.
-    """
+    r"""What stands in the last ``\boxed{...}``, braces balanced; None when there is no box or it never closes."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None
@@ -74,13 +53,9 @@ def boxed(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, such as "-7", "1,024", "0.5" or "9.36e-18"; none when it is part of a calculation.
+    """The last number of a text, such as "-7", "1,024", "0.5" or "9.36e-18", as Python writes it.
 
-    Args:
-        text: what the model wrote.
-
-    Returns:
-        The number as Python writes it, without separators, or None: "4 + 3" is a sum that was not worked out.
+    None when it is part of a calculation: "4 + 3" is a sum that was not worked out.
     """
     text = BOLD.sub(r"\1", text[-LONGEST:])
     found = [match for match in NUMBER.finditer(text) if match[0]]

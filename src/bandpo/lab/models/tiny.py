@@ -9,14 +9,7 @@ CHARACTERS = "0123456789+="
 
 
 def tiny_model(characters: str = CHARACTERS) -> GPT2LMHeadModel:
-    """Return the architecture with random weights: GPT-2's, 64 wide, 2 layers, 4 heads, no dropout; 103,104 of them.
-
-    Args:
-        characters: those of its tokenizer.
-
-    Returns:
-        The model.
-    """
+    """Return the architecture with random weights: GPT-2's, 64 wide, 2 layers, 4 heads, no dropout; 103,104 of them."""
     tokenizer = character_tokenizer(characters)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -36,14 +29,7 @@ def tiny_model(characters: str = CHARACTERS) -> GPT2LMHeadModel:
 
 
 def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of some characters and the usual special tokens that adds nothing of its own to a text.
-
-    Args:
-        characters: each of them is a token.
-
-    Returns:
-        The tokenizer.
-    """
+    """Return a tokenizer of some characters and the usual special tokens that adds nothing of its own to a text."""
     special = ["<pad>", "<eos>", "<unk>"]
     vocabulary = {token: index for index, token in enumerate([*special, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

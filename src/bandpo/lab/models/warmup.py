@@ -156,14 +156,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; see the module's own text.
-
-    Args:
-        argv: arguments; None for those of the process.
-
-    Returns:
-        Exit code: 0 done, 2 for bad input.
-    """
+    """The command line, see the module's own text; returns the exit code: 0 done, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m bandpo.lab.models.warmup", description=(__doc__ or "").split("\n")[0]
     )

@@ -16,14 +16,7 @@ HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control, format (bidirectional 
 
 
 def visible(text: object) -> str:
-    """Return text with every character that a reader would not see written as its code point; newline and tab stay.
-
-    Args:
-        text: anything; a model's answer, for one.
-
-    Returns:
-        The text, which any file and any browser can hold.
-    """
+    """Return text with every character that a reader would not see written as its code point; newline and tab stay."""
     return "".join(
         f"⟨U+{ord(x):04X}⟩" if unicodedata.category(x) in HIDDEN and x not in "\n\t" else x for x in str(text)
     )
@@ -57,14 +50,7 @@ def render(template: str, title: str, **values: Any) -> str:
 
 
 def write(page: str, path: Path) -> Path:
-    """Write a page so that a reader, or a full disk, never meets half of it.
-
-    Args:
-        page: from `render`.
-        path: the file; one that is there is replaced.
-
-    Returns:
-        The path.
+    """Write a page so that a reader, or a full disk, never meets half of it, and return its path.
 
     Raises:
         InputError: it cannot be written; what was there stays.

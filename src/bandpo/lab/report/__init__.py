@@ -1,1 +1,5 @@
-"""The report: what runs left in their folders, as one page."""
+"""Reports: pages about runs and studies, made from their records alone; they are drawn with matplotlib."""
+
+from bandpo.plots import need_matplotlib
+
+need_matplotlib()

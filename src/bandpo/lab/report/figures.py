@@ -30,14 +30,9 @@ RIGHT = 2e-4  # how near to 1 the axis of p goes
 
 
 def by_rollout(run: Run, value: Callable[[Step], float]) -> tuple[np.ndarray, np.ndarray]:
-    """Average a quantity over each rollout's updates.
+    """Return the last optimiser step of each rollout and a quantity's mean over its finite values there.
 
-    Args:
-        run: a run.
-        value: takes a record; NaN where the record lacks it.
-
-    Returns:
-        The last optimiser step of each rollout and the mean over its finite values; rollouts without one are left out.
+    Rollouts without a finite value are left out.
     """
     groups: dict[int, list[tuple[int, float]]] = {}
     for record in run.steps:
@@ -62,16 +57,9 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def curves(runs: Sequence[Run], title: str, value: Callable[[Step], float], *, percent: bool = False) -> str | None:
-    """Draw one quantity of the training log against the optimiser step, a line for each run.
+    """Draw one quantity of the training log against the optimiser step, a line for each run; None where no run has it.
 
-    Args:
-        runs: the runs; those of one arm share a colour.
-        title: of the figure.
-        value: takes a record, returns the quantity or NaN.
-        percent: whether the quantity is a share.
-
-    Returns:
-        An ``<svg>`` element, or None where no run recorded the quantity.
+    Runs of one arm share a colour; `value` gives a record's quantity, or NaN.
     """
     with rc_context(RC):
         figure, axes = _panel()
@@ -176,11 +164,7 @@ def region(run: Run, left: float, reach: float) -> tuple[str, dict[str, int]] | 
         reach: greatest ratio shown, and the inverse of the least.
 
     Returns:
-        An ``<svg>`` element and the number of tokens by kind ("inside", "up", "down", "inward"); None without tokens,
-        or for a clip that is no region.
-
-    Raises:
-        InputError: the run's clip is none of this version.
+        An ``<svg>`` element and the number of tokens by kind; None without tokens, or for a clip that is no region.
     """
     if run.tokens is None or len(run.tokens["old_logps"]) == 0:
         return None

@@ -10,9 +10,9 @@ from typing import Any, TypeGuard
 from markupsafe import Markup
 
 from bandpo.lab import page
+from bandpo.lab.report import figures
 from bandpo.lab.report.runs import Run, by_arm, clip_label, read_runs
 from bandpo.lab.run.records import Score, Step
-from bandpo.plots import need_matplotlib
 
 REGION_TEXT = """Each dot is a token that was trained on, at its probability under the old policy and the ratio by
 which the policy had moved it. Shaded: where the clip lets a token move; dashed: the limit r = 1/p. Both ends of the
@@ -54,7 +54,6 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         InputError: a folder holds no run, `out` cannot be written, or matplotlib is missing.
     """
-    need_matplotlib()
     return page.write(render(read_runs([Path(run) for run in runs])), out)
 
 
@@ -74,7 +73,7 @@ def render(runs: Sequence[Run]) -> str:
         smoothed=_smoothed(runs),
         curves=_curves(runs),
         regions=_regions(runs),
-        kinds=_kinds(),
+        kinds=[{"colour": figures.DOTS[kind], "text": text} for kind, text in KINDS.items()],
         region_text=REGION_TEXT,
         samples=[_samples(arm[0]) for arm in by_arm(runs) if arm[0].samples],
         repeat=_repeat(runs),
@@ -174,8 +173,6 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    from bandpo.lab.report import figures
-
     drawn = [
         _figure(title, figures.curves(runs, title.strip("… "), _metric(name), percent=share), text)
         for title, name, share, text in CURVES
@@ -189,15 +186,11 @@ def _metric(name: str) -> Callable[[Step], float]:
 
 
 def _smoothed(runs: Sequence[Run]) -> int:
-    from bandpo.lab.report import figures
-
     return max((figures.smooth(figures.by_rollout(run, _metric("reward"))[1])[1] for run in runs), default=1)
 
 
 def _regions(runs: Sequence[Run]) -> dict[str, Any]:
     """The tokens of each arm's first run at its clip's region, and the shares by bucket."""
-    from bandpo.lab.report import figures
-
     firsts = [arm[0] for arm in by_arm(runs)]
     frame = figures.frame(firsts)
     found = [drawn for run in firsts if (drawn := _region(run, *frame))]
@@ -207,8 +200,6 @@ def _regions(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _region(run: Run, left: float, reach: float) -> dict[str, Any] | None:
-    from bandpo.lab.report import figures
-
     try:
         drawn = figures.region(run, left, reach)
     except Exception as error:  # a clip of another version, or of a file that is gone
@@ -229,12 +220,6 @@ def _figure(title: str, svg: str | None, caption: str) -> dict[str, Any]:
     return {"title": title, "svg": Markup(svg) if svg else None, "caption": caption}
 
 
-def _kinds() -> list[dict[str, str]]:
-    from bandpo.lab.report.figures import DOTS
-
-    return [{"colour": DOTS[kind], "text": text} for kind, text in KINDS.items()]
-
-
 def _key(runs: Sequence[Run]) -> list[dict[str, Any]]:
     def name(arm: list[Run]) -> str:
         return arm[0].name if len(arm) == 1 else f"{clip_label(arm[0].facts)} ({len(arm)} runs)"
@@ -243,9 +228,7 @@ def _key(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _chip(i: int) -> dict[str, str]:
-    from bandpo.lab.report.figures import colour_name
-
-    name, dashed = colour_name(i)
+    name, dashed = figures.colour_name(i)
     return {"name": name, "style": "dashed" if dashed else "solid"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -58,17 +59,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several runs and give each a name of its own.
-
-    Args:
-        folders: output folders; the first one is the run a report is about.
-
-    Returns:
-        The runs, in the same order.
-
-    Raises:
-        InputError: no folder was given, one is given twice, or one holds no run.
-    """
+    """Read several runs, in their order, and give each a name of its own; the first is what a report is about."""
     if not folders:
         raise InputError("folders=[]: a report needs at least one run; give the --out folder of `bandpo train`")
     seen: set[Path] = set()
@@ -80,7 +71,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     arms = list(dict.fromkeys(run.name for run in runs))
     # Runs of one clip only are told apart by colour; with several clips, colour tells the clips apart.
     runs = [replace(r, arm=i if len(arms) == 1 else arms.index(r.name)) for i, r in enumerate(runs)]
-    for extra in (lambda r: f"seed {_or(r.facts.seed, '?')}", lambda r: r.folder.name, lambda r: str(r.folder)):
+    for extra in (_seed, lambda r: r.folder.name, lambda r: str(r.folder)):
         count = Counter(run.name for run in runs)
         runs = [replace(r, name=f"{r.name}, {extra(r)}") if count[r.name] > 1 else r for r in runs]
     return runs
@@ -95,20 +86,11 @@ def by_arm(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run.
-
-    Args:
-        folder: its output folder.
-
-    Returns:
-        The run; what could not be read is in ``missing``.
-
-    Raises:
-        InputError: the folder is not there or holds neither run.json nor metrics.jsonl.
-    """
-    if not _is_file(folder / "run.json") and not _is_file(folder / "metrics.jsonl"):
-        there = "holds no run (neither run.json nor metrics.jsonl)" if folder.is_dir() else "there is no such folder"
-        raise InputError(f"{folder}: {there}; give the --out folder of `bandpo train`")
+    """Read a run from its output folder; what could not be read is in ``missing``."""
+    if not any(os.path.isfile(folder / name) for name in ("run.json", "metrics.jsonl")):  # of any name, however long
+        there = "holds no run (neither run.json nor metrics.jsonl)"
+        what = there if os.path.isdir(folder) else "there is no such folder"
+        raise InputError(f"{str(folder)[:200]}: {what}; give the --out folder of `bandpo train`")
     missing: list[str] = []
     facts = records.read_facts(folder / "run.json", missing) or Facts()
     lines = records.read_records(folder / "metrics.jsonl", missing)
@@ -151,7 +133,8 @@ def clip_label(facts: Facts) -> str:
 
 def with_arms(folder: Path) -> list[Path]:
     """Return a run's folder and those of the arms that ``--compare`` put below it."""
-    return [folder, *sorted(path.parent for path in folder.glob("arms/*/run.json"))]
+    arms = folder.glob("arms/*/run.json") if os.path.isdir(folder / "arms") else ()
+    return [folder, *sorted(path.parent for path in arms)]
 
 
 def _in_order(lines: Sequence[Record], kind: type[Kind]) -> list[Kind]:
@@ -166,12 +149,5 @@ def _finite(tokens: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array[finite] for name, array in arrays.items()}
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long, or with a NUL
-        return False
-
-
-def _or(value: Any, other: str) -> Any:
-    return other if value is None else value
+def _seed(run: Run) -> str:
+    return "seed ?" if run.facts.seed is None else f"seed {run.facts.seed}"

@@ -14,7 +14,6 @@ from bandpo.lab.report import study_figures as figures
 from bandpo.lab.study.analysis import analyse
 from bandpo.lab.study.file import parse
 from bandpo.lab.study.records import Records
-from bandpo.plots import need_matplotlib
 
 TEXTS = {
     "question": "The question",
@@ -46,7 +45,6 @@ def write_report(found: Records, out: Path) -> dict[str, Any]:
     Raises:
         InputError: the page cannot be written, or matplotlib or jinja2 is missing.
     """
-    need_matplotlib()
     result = analyse(found)
     return {**result, "report": str(page.write(render(found, result), out))}
 

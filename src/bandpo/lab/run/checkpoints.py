@@ -1,23 +1,33 @@
 """Which checkpoint a run goes on from: the newest that is whole and its own.
 
-A checkpoint is sealed once it is complete: a file in it names the run, the step, and size and checksum of every file.
+A checkpoint is sealed once it is complete: a file in it holds a `Seal`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from bandpo._input import InputError
 from bandpo.lab.run.records import put_aside, write_whole
 
 SEAL = "bandpo.json"
+Sums = dict[str, tuple[int, int]]
+"""Size and checksum of every file of a folder, by its name; a checksum of 0 is not looked at."""
+
+
+class Seal(BaseModel):
+    """Whose a checkpoint is: the run's fingerprint, the step or rollout, and what its files are."""
+
+    run: str
+    number: int
+    files: Sums
 
 
 @dataclass
@@ -54,23 +64,16 @@ class Found:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def sums(folder: Path, *, checksum: bool = True) -> dict[str, list[int]]:
-    """Return size and checksum of every file below a folder, by its name; the checksum is 0 where not wanted."""
+def sums(folder: Path, *, checksum: bool = True) -> Sums:
+    """Return size and checksum of every file below a folder but its seal."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
-    return {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p) if checksum else 0] for p in files}
+    return {str(p.relative_to(folder)): (p.stat().st_size, _checksum(p) if checksum else 0) for p in files}
 
 
 def seal(folder: Path, run: str, number: int, *, checksum: bool = True) -> None:
-    """Write the seal of a complete checkpoint.
-
-    Args:
-        folder: the checkpoint.
-        run: the run's fingerprint.
-        number: its step, or its rollout.
-        checksum: whether files are read again; for large ones their sizes have to do.
-    """
-    said = {"run": run, "number": number, "files": sums(folder, checksum=checksum)}
-    write_whole(folder / SEAL, json.dumps(said, indent=1))
+    """Write the seal of a complete checkpoint of a run; without checksums the sizes of large files have to do."""
+    made = Seal(run=run, number=number, files=sums(folder, checksum=checksum))
+    write_whole(folder / SEAL, made.model_dump_json(indent=1))
 
 
 def find(
@@ -85,9 +88,6 @@ def find(
         before: only checkpoints before this number; None for all.
         complete: whether a folder without a seal looks like a checkpoint at all; else a kill tore it.
         sealed: whether one without a seal is refused; else it is taken as it is.
-
-    Returns:
-        What was found.
     """
     found, numbered = Found(), {}
     for path in folder.glob(f"{prefix}*"):
@@ -106,13 +106,12 @@ def find(
     return found
 
 
-def changed(folder: Path, files: dict[str, Any]) -> str | None:
+def changed(folder: Path, files: Sums) -> str | None:
     """Return what is wrong with a folder's files, against what `sums` said of them; None where nothing is."""
-    for name, told in files.items():
+    for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        size, checksum = told if isinstance(told, list) and len(told) == 2 else (None, None)
         if path.stat().st_size != size or (checksum and _checksum(path) != checksum):
             return f"{name} is damaged"
     return None
@@ -120,17 +119,16 @@ def changed(folder: Path, files: dict[str, Any]) -> str | None:
 
 def _fault(path: Path, run: str, number: int, sealed: bool) -> str | None:
     try:
-        said = json.loads((path / SEAL).read_bytes())
-        files, owner, told = said["files"], said["run"], said["number"]
+        said = Seal.model_validate_json((path / SEAL).read_bytes())
     except FileNotFoundError:
         return f"it has no {SEAL}, so it is not this run's or not complete" if sealed else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError):  # a ValidationError is a ValueError
         return f"its {SEAL} is damaged"
-    if owner != run:
+    if said.run != run:
         return "it belongs to another run"
-    if told != number or not isinstance(files, dict) or not files:
+    if said.number != number or not said.files:
         return f"its {SEAL} is that of another checkpoint"
-    return changed(path, files)
+    return changed(path, said.files)
 
 
 def _checksum(path: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from types import TracebackType
 from typing import IO, Any, Self
 
 from rich.console import Console
@@ -25,35 +24,20 @@ class Display:
     """
 
     def emit(self, event: dict[str, Any]) -> None:
-        """Show an event.
-
-        Args:
-            event: the event.
-        """
+        """Show an event."""
 
     def note(self, text: str) -> None:
-        """Say what is being done.
-
-        Args:
-            text: one line.
-        """
+        """Say in a line what is being done."""
         self.emit({"event": "note", "text": text})
 
     def progress(self, what: str, share: float) -> None:
-        """Say how far a job is that comes before the training.
-
-        Args:
-            what: the job.
-            share: the part that is done, 0 to 1.
-        """
+        """Say how far a job is that comes before the training: the share of it that is done, 0 to 1."""
 
     def __enter__(self) -> Self:
         """Start showing."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Leave the terminal as it was."""
 
 
@@ -68,11 +52,7 @@ class JsonDisplay(Display):
         self.file = file or sys.stdout
 
     def emit(self, event: dict[str, Any]) -> None:
-        """Write the event as one line.
-
-        Args:
-            event: the event.
-        """
+        """Write the event as one line."""
         print(json.dumps(event), file=self.file, flush=True)
 
 
@@ -97,19 +77,13 @@ class HumanDisplay(Display):
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Take the live line away."""
         if self.live:
             self.live.stop()
 
     def emit(self, event: dict[str, Any]) -> None:
-        """Show the event.
-
-        Args:
-            event: the event.
-        """
+        """Show the event."""
         kind = event["event"]
         if kind == "step":
             self._step(event)
@@ -127,12 +101,7 @@ class HumanDisplay(Display):
             self.console.print(closing_table(event))
 
     def progress(self, what: str, share: float) -> None:
-        """Show how far a job is.
-
-        Args:
-            what: the job.
-            share: the part that is done, 0 to 1.
-        """
+        """Show how far a job is, as the live line or now and then."""
         text = f"{what}: {share:.0%}" if 0 < share < 1 else what
         if self.live:
             self.live.update(escape(text))
@@ -190,14 +159,7 @@ def _accuracy(event: dict[str, Any]) -> str:
 
 
 def closing_table(event: dict[str, Any]) -> Table:
-    """The table a run ends with.
-
-    Args:
-        event: the "summary" event: report, and runs with clip, before, after, clipped and error of each.
-
-    Returns:
-        The table.
-    """
+    """The table a run ends with, of the "summary" event: clip, before, after, clipped and error of each run."""
     table = Table(caption=f"report: {event['report']}", caption_style="", caption_justify="left")
     for column in ("clip", "held out before", "after [95 %]", "entropy", "clipped"):
         table.add_column(column)

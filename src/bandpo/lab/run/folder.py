@@ -63,11 +63,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Own the folder for the block, made where it is not there; where nothing is written, nothing is left.
-
-        Raises:
-            InputError: another process owns it, or it cannot be written.
-        """
+        """Own the folder for the block, made where it is not there; where nothing is written, nothing is left."""
         made, lock = [], self.path / ".lock"
         try:
             made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -179,12 +175,7 @@ class RunFolder:
         write_whole(self._tokens, buffer.getvalue())
 
     def rewind(self, step: int, say: Callable[[str], None]) -> None:
-        """Forget everything after a step, as the run will make it again; a file with faults is kept aside.
-
-        Args:
-            step: optimiser steps that the run has made where it goes on.
-            say: takes a line for the person.
-        """
+        """Forget everything after a step, as the run will make it again; a file with faults is kept aside."""
         for path, read in ((self._metrics, records.read_records), (self._tokens, records.read_tokens)):
             said: list[str] = []
             found: Any = read(path, said)
@@ -203,15 +194,7 @@ class RunFolder:
 
 
 def check_space(path: Path, need: int) -> None:
-    """Check that the disk has room for a run.
-
-    Args:
-        path: the run's folder.
-        need: bytes that the finished run will take.
-
-    Raises:
-        InputError: there is less room.
-    """
+    """Check that the disk of a run's folder has room for the bytes that the finished run will take."""
     there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
     free = shutil.disk_usage(next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())).free
     if free < need - there:

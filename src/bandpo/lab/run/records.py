@@ -144,7 +144,7 @@ class Facts(BaseModel):
     error: str | None = None
     before: Score | None = None
     after: Score | None = None
-    trained: dict[str, list[int]] | None = None
+    trained: dict[str, tuple[int, int]] | None = None
     seconds: float | None = None
 
 
@@ -153,7 +153,7 @@ class Facts(BaseModel):
 
 def read_facts(path: Path, said: list[str]) -> Facts | None:
     """Read run.json; a field of another type is left out and said, None where nothing can be read."""
-    found = _part(path, lambda text: json.loads(text), said)
+    found = _part(path, lambda file: json.loads(file.read_text("utf-8")), said)
     if found is not None and not isinstance(found, dict):
         said.append(f"{path.name} cannot be read (it is no JSON object).")
         return None
@@ -170,7 +170,7 @@ def read_records(path: Path, said: list[str]) -> list[Step | Eval]:
     """Read metrics.jsonl; a last line that a kill cut short is dropped, other bad lines are left out and said."""
     records: list[Step | Eval] = []
     bad: list[str] = []
-    lines = (_part(path, None, said) or b"").split(b"\n")
+    lines = (_part(path, Path.read_bytes, said) or b"").split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line.decode("utf-8")) if line.strip() else None
@@ -187,8 +187,8 @@ def read_records(path: Path, said: list[str]) -> list[Step | Eval]:
 def read_samples(path: Path, said: list[str]) -> list[Sample]:
     """Read samples.json; empty where it cannot be read."""
 
-    def parse(text: str) -> list[Sample]:
-        found = json.loads(text)
+    def parse(file: Path) -> list[Sample]:
+        found = json.loads(file.read_text("utf-8"))
         if not isinstance(found, list):
             raise ValueError("not a JSON list")
         return [Sample.model_validate(item) for item in found]
@@ -199,12 +199,12 @@ def read_samples(path: Path, said: list[str]) -> list[Sample]:
 def read_tokens(path: Path, said: list[str]) -> dict[str, np.ndarray]:
     """Read tokens.npz: old_logps, logps, advantages and step of as many tokens; empty where it cannot be read."""
 
-    def parse(path: Path) -> dict[str, np.ndarray]:
-        with zipfile.ZipFile(path) as archive:
+    def parse(file: Path) -> dict[str, np.ndarray]:
+        with zipfile.ZipFile(file) as archive:
             size = sum(item.file_size for item in archive.infolist())
         if size > MOST_BYTES:
             raise ValueError(f"it unpacks to {size:,} bytes")
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(file, allow_pickle=False) as arrays:
             names = [name for name in TOKENS if name in arrays or name != "step"]
             found = {name: np.asarray(arrays[name], TOKENS[name]).ravel() for name in names}
         if len({len(array) for array in found.values()}) != 1:
@@ -216,19 +216,17 @@ def read_tokens(path: Path, said: list[str]) -> dict[str, np.ndarray]:
 
 def read_text(path: Path, said: list[str]) -> str | None:
     """Read a text file; None where it cannot be read."""
-    return _part(path, lambda text: text, said)
+    return _part(path, lambda file: file.read_text("utf-8"), said)
 
 
-def _part(path: Path, parse: Callable[[Any], Any] | None, said: list[str]) -> Any:
+def _part(path: Path, parse: Callable[[Path], Any], said: list[str]) -> Any:
     """Read one file, or say why not; a link may lead anywhere, so it is not followed."""
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError("it is no file of this folder")
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        if path.suffix == ".npz" and parse:
-            return parse(path)
-        return parse(path.read_bytes().decode("utf-8")) if parse else path.read_bytes()
+        return parse(path)
     except FileNotFoundError:
         said.append(f"{path.name} is not there.")
     except (OSError, EOFError, ValueError, KeyError, RecursionError, MemoryError, zipfile.BadZipFile) as error:

@@ -17,12 +17,7 @@ from bandpo.lab.run.records import Eval, Score, Step
 
 
 class Stopped(RuntimeError):  # noqa: N818 - what it says is the reason, which need not be an error
-    """The run stopped early; checkpoints already written are good.
-
-    Args:
-        reason: one line.
-        resumable: whether there is a checkpoint to go on from.
-    """
+    """The run stopped early, for a reason of one line; `resumable` says whether there is a checkpoint to go on from."""
 
     def __init__(self, reason: str, *, resumable: bool = True) -> None:
         super().__init__(reason)
@@ -40,7 +35,6 @@ class Session:
         engine: "trl" or "verl".
         command: the command to repeat the run.
         words: the command line's keys, those of earlier parts of the run included.
-        resume: whether it goes on with the run that is there.
         extended: whether it goes on to more steps than it was started for.
         compare: whether arms are trained that it is compared with.
         warmup: whether it makes its own warm-up checkpoint.
@@ -53,7 +47,6 @@ class Session:
     engine: str
     command: str
     words: Sequence[str] = ()
-    resume: bool = False
     extended: bool = False
     compare: bool = False
     warmup: bool = False
@@ -165,8 +158,7 @@ def open_session(
     display: Display,
     *,
     engine: str,
-    command: str,
-    again: Callable[[Sequence[str]], str],
+    command: Callable[[Sequence[str]], str],
     resume: bool,
     start: bool = True,
     compare: bool = False,
@@ -180,8 +172,7 @@ def open_session(
         folder: the run's folder.
         display: where to show it.
         engine: "trl" or "verl".
-        command: the command to repeat a run that starts.
-        again: the command to repeat a run of these keys.
+        command: gives the command to repeat a run of these keys.
         resume: whether to go on with the run that is there.
         start: whether a run is started where there is none.
         compare: whether to train arms that it is compared with.
@@ -204,7 +195,7 @@ def open_session(
         )
     if not there:
         recipe = load(file, words, backend=engine)
-        return Session(recipe, folder, display, engine, command, words, compare=compare, warmup=warmup)
+        return Session(recipe, folder, display, engine, command(words), words, compare=compare, warmup=warmup)
     facts, stored = folder.facts, folder.stored_recipe()
     known = [*facts.overrides, *words]
     if facts.recipe is None and stored is not None:  # run.json is lost, and with it the words of the command line
@@ -219,10 +210,13 @@ def open_session(
         raise InputError(f"--warmup: the run in {out} was started without it; leave it out, or name another folder")
     for line in folder.said:
         display.note(line)
+    if extended or facts.recipe is None:
+        repeat, words = command(known), known
+    else:
+        repeat, words = facts.command or command(known), facts.overrides
     return Session(
-        recipe, folder, display, engine, again(known) if extended else facts.command or command,
-        known if extended or facts.recipe is None else facts.overrides, resume=True, extended=extended,
-        compare=compare or facts.compare, warmup=warmup or facts.warmup,
+        recipe, folder, display, engine, repeat, words, extended=extended, compare=compare or facts.compare,
+        warmup=warmup or facts.warmup,
     )  # fmt: skip
 
 

@@ -7,7 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from bandpo._input import InputError, nearest
 from bandpo.lab.reading import MOST_BYTES, read_yaml
@@ -42,16 +50,16 @@ def as_seeds(value: Any) -> list[int]:
     return found
 
 
-def arm_keys(value: Any) -> dict[str, dict[str, Any]]:
+def arm_keys(value: Any, field: ValidationInfo) -> dict[str, dict[str, Any]]:
     """Arms: a name for each, and the recipe's keys that make it; a word alone is a clip."""
-    given = mapping("arms", value)
+    given = mapping(value, field)
     made = {name: {"clip": keys} if isinstance(keys, str) else keys for name, keys in given.items()}
     return _named(made, "arm", "none: {clip: none}")
 
 
-def setting_keys(value: Any) -> dict[str, dict[str, Any]]:
+def setting_keys(value: Any, field: ValidationInfo) -> dict[str, dict[str, Any]]:
     """Settings: a name for each, and the recipe's keys that make it."""
-    return _named(mapping("settings", value), "setting", "stale: {staleness: 6}")
+    return _named(mapping(value, field), "setting", "stale: {staleness: 6}")
 
 
 def _named(given: dict[str, Any], what: str, example: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def emit(
 
 def is_study(path: Path) -> bool:
     """Whether a folder, or a file, holds the records of a study."""
-    return path.name.endswith(FILE) if path.is_file() else (path / FILE).is_file()
+    return path.name.endswith(FILE) if os.path.isfile(path) else os.path.isfile(path / FILE)
 
 
 def report(path: Path, page: Path) -> dict[str, Any]:

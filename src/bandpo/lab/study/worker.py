@@ -202,7 +202,7 @@ def run(recipe: str, out: str, command: str) -> None:
     folder = RunFolder(Path(out))
     with folder.claimed():
         session = open_session(
-            read_recipe(recipe), [], folder, Log(), engine="trl", command=command, again=lambda words: command,
+            read_recipe(recipe), [], folder, Log(), engine="trl", command=lambda words: command,
             resume=folder.has_run(),
         )  # fmt: skip
         train(WithoutReport(**{field.name: getattr(session, field.name) for field in fields(session)}))

@@ -31,14 +31,7 @@ def held_out(key: str, share: int = 8) -> bool:
 
 
 def table(rows: Sequence[Row]) -> Dataset:
-    """A dataset of problems.
-
-    Args:
-        rows: the problems, all with the same columns.
-
-    Returns:
-        The dataset.
-    """
+    """A dataset of problems, which all have the same columns."""
     from datasets import Dataset
 
     return Dataset.from_list([dict(row) for row in rows])

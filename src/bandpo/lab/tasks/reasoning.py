@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from bandpo._input import InputError, check_keywords, nearest
+from bandpo._input import InputError, nearest
 from bandpo.lab.grading.process import shared
 from bandpo.lab.grading.text import last_number, tagged
 from bandpo.lab.tasks.base import Row, Task, held_out, table
+from bandpo.lab.tasks.small import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,6 +49,7 @@ class ReasoningGym(Task):
     def __init__(
         self,
         dataset: str,
+        /,
         instruction: str = ANSWER_TAGS,
         chat: bool = True,
         train_size: int = 2048,
@@ -57,13 +60,17 @@ class ReasoningGym(Task):
                 f"task: reasoning-gym has no data set {dataset!r}{nearest(dataset, DATASETS)}; it has {len(DATASETS)}, "
                 "listed by python -c 'from reasoning_gym.factory import DATASETS; print(*DATASETS)'"
             )
-        if not isinstance(train_size, int) or train_size < 1:
-            raise InputError(f"task_args.train_size: got {train_size!r}; give a whole number from 1")
-        check_keywords(f"task {dataset!r}", DATASETS[dataset][1], config)
         if fixed := {"seed", "size"} & set(config):
             raise InputError(f"task_args.{min(fixed)}: not for you to set; use train_size and the recipe's seed")
+        own = [name for name in inspect.signature(DATASETS[dataset][1]).parameters if name not in ("seed", "size")]
+        takes = ["instruction", "chat", "train_size", *own]
+        for key in config:
+            if key not in own:
+                raise InputError(
+                    f"task {dataset!r} has no argument {key!r}{nearest(key, takes)}; it takes {', '.join(takes)}"
+                )
         self.name = dataset
-        self.instruction, self.chat, self.train_size = instruction, chat, train_size
+        self.instruction, self.chat, self.train_size = instruction, chat, whole("train_size", train_size, 1)
         self._config = config
         self._made: dict[tuple[int, int], Any] = {}
         # Scorers want the whole entry, whose metadata no table column holds: kept here, by where it came from.
@@ -86,16 +93,9 @@ class ReasoningGym(Task):
         return entry
 
     def draw(self, seed: int, size: int, want_held_out: bool, n: int) -> list[dict[str, Any]]:
-        """Make problems; called in the process that grades.
+        """Make `n` problems of one side of the split, out of `size`; called in the process that grades.
 
-        Args:
-            seed: of the data set.
-            size: most problems to look at.
-            want_held_out: which side of the split to take; held-out ones are all different.
-            n: how many to take.
-
-        Returns:
-            Question, answer and entry (where the problem came from) of each.
+        Held-out ones are all different. Each has question, answer and entry: where the problem came from.
         """
         rows: list[dict[str, Any]] = []
         seen: set[str] = set()
@@ -173,44 +173,6 @@ class ReasoningGym(Task):
         self._made[0, 1] = self._make(0, 1)
 
 
-class ChainSum(ReasoningGym):
-    """Sums and differences of a few numbers: "4 + 3 - 1 =".
-
-    Args:
-        instruction: added to each question on a line of its own; "" adds nothing.
-        chat: whether a prompt is a chat message (instruct models) or plain text.
-        train_size: number of training problems before they repeat.
-        min_terms: fewest numbers in a problem.
-        max_terms: most numbers in a problem.
-        min_digits: fewest digits of a number.
-        max_digits: most digits of a number.
-        allow_negation: whether numbers may be negative.
-    """
-
-    def __init__(
-        self,
-        instruction: str = "",
-        chat: bool = True,
-        train_size: int = 2048,
-        min_terms: int = 2,
-        max_terms: int = 2,
-        min_digits: int = 1,
-        max_digits: int = 1,
-        allow_negation: bool = False,
-    ) -> None:
-        super().__init__(
-            "chain_sum",
-            instruction=instruction,
-            chat=chat,
-            train_size=train_size,
-            min_terms=min_terms,
-            max_terms=max_terms,
-            min_digits=min_digits,
-            max_digits=max_digits,
-            allow_negation=allow_negation,
-        )
-
-
 def _text(completion: str) -> str:
     found = tagged(completion)
     return completion.strip() if found is None else found
@@ -230,8 +192,8 @@ def _no_nan(text: str, answer: str) -> bool:
 
 def _close(text: str, answer: str) -> bool:
     """Within 1e-4 and 1 % (coin_flip), not just the same first digits, for which "0" would do."""
-    whole, _, part = text.partition("/")
-    return abs(float(whole) / float(part or 1) - float(answer)) <= min(1e-4, 0.01 * abs(float(answer)))
+    top, _, bottom = text.partition("/")
+    return abs(float(top) / float(bottom or 1) - float(answer)) <= min(1e-4, 0.01 * abs(float(answer)))
 
 
 def _same(text: str, answer: str) -> bool:

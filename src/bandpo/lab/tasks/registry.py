@@ -9,6 +9,7 @@ from bandpo._input import InputError, check_keywords, is_import_path, load_objec
 from bandpo.lab.tasks.base import Task
 
 GYM_PREFIX = "reasoning-gym:"
+CHAIN_SUM = {"instruction": "", "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 # Import paths, so that a task costs nothing until it is used: reasoning-gym takes seconds.
 TASKS = {
@@ -16,7 +17,7 @@ TASKS = {
     "countdown": "bandpo.lab.tasks.countdown:Countdown",
     "exploration": "bandpo.lab.tasks.exploration:Exploration",
     "reverse_text": "bandpo.lab.tasks.reverse_text:ReverseText",
-    "chain_sum": "bandpo.lab.tasks.reasoning:ChainSum",
+    "chain_sum": f"{GYM_PREFIX}chain_sum",  # sums of two digits: CHAIN_SUM
     "jsonl": "bandpo.lab.tasks.jsonl:Jsonl",
 }
 _announced: set[str] = set()
@@ -46,12 +47,14 @@ def get_task(name: str, **task_args: Any) -> Task:
         InputError: no task of that name, or it has no such setting, or the value is out of range.
     """
     key = name.replace("-", "_") if isinstance(name, str) else ""
-    if key in TASKS:
-        kind = load_object(TASKS[key], "task")
-    elif key and name.startswith(GYM_PREFIX):
+    path = TASKS.get(key, name)
+    if key and path.startswith(GYM_PREFIX):
         from bandpo.lab.tasks.reasoning import ReasoningGym
 
-        return ReasoningGym(name.removeprefix(GYM_PREFIX), **task_args)
+        settings = CHAIN_SUM if key == "chain_sum" else {}
+        return ReasoningGym(path.removeprefix(GYM_PREFIX), **{**settings, **task_args})
+    if key in TASKS:
+        kind = load_object(path, "task")
     elif key and is_import_path(name):
         announce("task", name)
         kind = load_object(name, "task")
@@ -77,12 +80,7 @@ def _made(name: str, kind: type[Task], task_args: dict[str, Any]) -> Task:
 
 
 def announce(what: str, path: str) -> None:
-    """Say, once, that the code of a file or module is about to run.
-
-    Args:
-        what: the setting that names it.
-        path: the import path.
-    """
+    """Say, once, that the code behind an import path is about to run; `what` is the setting that names it."""
     if path not in _announced:
         _announced.add(path)
         logging.getLogger("bandpo").warning("%s %r: running its code", what, path[:200])

@@ -60,39 +60,14 @@ class SmallTask(Task):
 
     @abstractmethod
     def sample(self, rng: Random) -> Problem:
-        """A random problem, held out or not.
-
-        Args:
-            rng: the source of randomness.
-
-        Returns:
-            The problem.
-        """
+        """A random problem, held out or not."""
 
     @abstractmethod
     def demonstration(self, rng: Random) -> tuple[str, str]:
-        """A training problem and an answer to imitate, right with probability `correct_share`.
-
-        Args:
-            rng: the source of randomness.
-
-        Returns:
-            The prompt, and the answer.
-        """
+        """The prompt of a training problem, and an answer to imitate, right with probability `correct_share`."""
 
     def draw(self, rng: Random, keep: Callable[[str], bool]) -> Problem:
-        """A random problem whose key `keep` accepts.
-
-        Args:
-            rng: the source of randomness.
-            keep: whether to take a problem, by its key.
-
-        Returns:
-            The problem.
-
-        Raises:
-            InputError: there seems to be none.
-        """
+        """A random problem whose key `keep` accepts; InputError where there seems to be none."""
         for _ in range(PATIENCE):
             problem = self.sample(rng)
             if keep(problem.key):
@@ -100,14 +75,7 @@ class SmallTask(Task):
         raise InputError(f"task {self.name!r}: no such problem in {PATIENCE} draws; make the task larger")
 
     def train_problem(self, rng: Random) -> Problem:
-        """A random problem that is not held out.
-
-        Args:
-            rng: the source of randomness.
-
-        Returns:
-            The problem.
-        """
+        """A random problem that is not held out."""
         return self.draw(rng, keep=lambda key: not held_out(key))
 
     def train_dataset(self, seed: int) -> Dataset:
@@ -144,36 +112,13 @@ def _table(problems: list[Problem]) -> Dataset:
 
 
 def one_wrong(text: str, characters: str, rng: Random) -> str:
-    """A text with one character replaced by another.
-
-    Args:
-        text: the text.
-        characters: to choose from.
-        rng: the source of randomness.
-
-    Returns:
-        The text, wrong in one place.
-    """
+    """A text with one character replaced by another one of `characters`."""
     place = rng.randrange(len(text))
     return text[:place] + rng.choice([c for c in characters if c != text[place]]) + text[place + 1 :]
 
 
 def whole(name: str, value: object, low: int, high: int | None = None, argument: str = "task_args.") -> int:
-    """A setting that must be a whole number in a range.
-
-    Args:
-        name: the setting's.
-        value: what the user gave.
-        low: least value.
-        high: greatest; None for no limit.
-        argument: what stands before the name in a message.
-
-    Returns:
-        The number.
-
-    Raises:
-        InputError: it is not.
-    """
+    """The value of a setting that must be a whole number from `low` to `high`; InputError where it is not."""
     if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
         return value
     until = "" if high is None else f" to {high}"
@@ -184,14 +129,7 @@ EXPRESSION = re.compile(r"[0-9](?:[-+*][0-9])*")
 
 
 def arithmetic(text: str) -> int | None:
-    """The value of digits joined by + - *, products first.
-
-    Args:
-        text: such as "3*5+7".
-
-    Returns:
-        The value, or None when the text is anything else.
-    """
+    """The value of digits joined by + - *, products first, such as "3*5+7"; None when the text is anything else."""
     if len(text) > 99 or not EXPRESSION.fullmatch(text):
         return None
     total = 0

@@ -161,15 +161,14 @@ class Recorder(TrainerCallback):
 
 
 class Sealer(TrainerCallback):
-    """Seals each checkpoint once every process has written its part.
-
-    Args:
-        run: the run's fingerprint.
-        main: whether this process is the one that writes.
-    """
+    """Seals each checkpoint once every process has written its part, and keeps the trainer's own log from growing."""
 
     def __init__(self, run: str, main: bool) -> None:
         self.run, self.main = run, main
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forget all log lines but the last: metrics.jsonl has them, and each checkpoint would hold them all again."""
+        del state.log_history[:-1]
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the seal."""

@@ -21,17 +21,18 @@ from trl import ModelConfig, get_peft_config
 from bandpo._input import InputError, nearest
 from bandpo.engines.trl import BandGRPOConfig
 from bandpo.lab.reading import read_yaml
-from bandpo.lab.recipe import MOST, OURS, SHARED, Recipe, real, refuse_unknown, shown, whole
+from bandpo.lab.recipe import MOST, OURS, SHARED, Recipe, multiples, real, refuse_unknown, shown, whole
 from bandpo.lab.trl.staleness import check_schedule
 
 # What bandpo sets where the recipe says nothing; all other defaults are TRL's.
 DEFAULTS: dict[str, Any] = {"disable_tqdm": True, "logging_steps": 1}
+MOST_COMPLETIONS = 10_000_000  # in a rollout
 _PLACES = ("output_dir", "resume_from_checkpoint", "model_init_kwargs", "local_rank")
 # Ranges of TRL's own numbers: what its loss, its samplers and transformers can use.
 _WHOLE = {
     1: ("ddp_timeout", "generation_batch_size", "num_generations_eval", "ref_model_sync_steps", "logging_steps",
         "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps", "vllm_max_model_length"),
-    0: ("dataloader_num_workers", "num_completions_to_print", "max_tool_calling_iterations", "data_seed"),
+    0: ("num_completions_to_print", "max_tool_calling_iterations", "data_seed"),
 }  # fmt: skip
 _SHARES = ("min_p", "top_entropy_quantile", "label_smoothing_factor", "ref_model_mixup_alpha", "lora_dropout")
 _CHOICES: dict[str, Any] = {  # of fields that TRL looks at late
@@ -46,14 +47,7 @@ _POSITIVE = ("num_train_epochs", "repetition_penalty", "adam_epsilon", "vllm_imp
 
 
 def to_trl(recipe: Recipe, output_dir: str | Path) -> BandGRPOConfig:
-    """Return TRL's configuration of a run.
-
-    Args:
-        recipe: from `load`.
-        output_dir: where the checkpoints go.
-
-    Returns:
-        The configuration.
+    """Return TRL's configuration of a run whose checkpoints go to `output_dir`.
 
     Raises:
         InputError: an unknown key, or a value that TRL, the clip or a resumable run cannot use.
@@ -76,6 +70,11 @@ def to_trl(recipe: Recipe, output_dir: str | Path) -> BandGRPOConfig:
     except Exception as error:  # whatever TRL, transformers and accelerate do with values they cannot use
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise InputError(f"recipe {recipe.name}: {kind}{' '.join(str(error).split())[:400]}") from error
+    if config.generation_batch_size > MOST_COMPLETIONS:
+        raise InputError(
+            f"per_device_train_batch_size={config.per_device_train_batch_size}: a rollout of "
+            f"{config.generation_batch_size:,} completions fits no memory; give at most {MOST_COMPLETIONS:,} of them"
+        )
     _check_resumable(config)
     _check_learning_rate(config)
     check_schedule(config, recipe.staleness)
@@ -83,11 +82,7 @@ def to_trl(recipe: Recipe, output_dir: str | Path) -> BandGRPOConfig:
 
 
 def to_lora(recipe: Recipe) -> Any:
-    """Return peft's LoRA configuration, None for a recipe without one.
-
-    Raises:
-        InputError: a value that peft cannot use.
-    """
+    """Return peft's LoRA configuration, None for a recipe without one."""
     shared = {key: value for key, value in recipe.values.items() if key in _lora_hints() and value is not None}
     own = {key: value for key, value in _own(recipe).items() if key in _lora_hints()}
     try:
@@ -97,14 +92,7 @@ def to_lora(recipe: Recipe) -> Any:
 
 
 def rollout_steps(config: BandGRPOConfig) -> int:
-    """Return the optimiser steps after which the rollouts are used up and a checkpoint is exact.
-
-    Args:
-        config: TRL's configuration.
-
-    Returns:
-        Steps from one such point to the next.
-    """
+    """Return after how many optimiser steps the rollouts are used up, again and again: there a checkpoint is exact."""
     micro = config.steps_per_generation * config.num_iterations
     return micro // math.gcd(micro, config.gradient_accumulation_steps)
 
@@ -138,20 +126,7 @@ def _own(recipe: Recipe) -> dict[str, Any]:
 
 
 def typed(value: Any, hint: Any, key: str, where: str) -> Any:
-    """Return a value as a field of TRL's takes it.
-
-    Args:
-        value: from YAML, or text from the command line.
-        hint: the field's type.
-        key: the field's name.
-        where: where it was given, for the message.
-
-    Returns:
-        The value.
-
-    Raises:
-        InputError: it is of another kind, or out of range.
-    """
+    """Return a value, from YAML or as the command line's text, as the field `key` of TRL's with that type takes it."""
     parts = get_args(hint) or (hint,)
     kinds = {get_origin(part) or part for part in parts}
     if isinstance(value, str) and not kinds <= {str, type(None)}:
@@ -194,6 +169,7 @@ def _ranges() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for least, names in _WHOLE.items():
         found |= {name: lambda x, least=least: whole(least, MOST, x) for name in names}
+    found["dataloader_num_workers"] = lambda x: whole(0, 1024, x)  # processes
     found |= {name: lambda x: real(0, 1, "", x) for name in _SHARES}
     return found | {name: lambda x: real(0, math.inf, "(", x) for name in _POSITIVE}
 
@@ -245,11 +221,9 @@ def _check_resumable(config: BandGRPOConfig) -> None:
     every = math.lcm(rollout, int(config.logging_steps))
     save = int(config.save_steps)
     if save % every:
-        low = save // every * every
-        fit = f"{low} or {low + every}" if low else f"{every}"
         raise InputError(
             f"save_steps={save}: a checkpoint inside a rollout or between two log lines cannot be resumed exactly; "
-            f"a multiple of {every} can: set save_steps to {fit}"
+            f"a multiple of {every} can: set save_steps to {multiples(every, save)}"
         )
 
 
@@ -269,11 +243,7 @@ def _check_learning_rate(config: BandGRPOConfig) -> None:
 
 
 def check_optimizer(trainer: Any) -> None:
-    """Make the optimiser once for a single weight, before any evaluation is spent.
-
-    Raises:
-        InputError: transformers has no such optimiser, or it does not take these arguments.
-    """
+    """Make the optimiser once for a single weight, before any evaluation is spent."""
     args = trainer.args
     try:
         kind, given = type(trainer).get_optimizer_cls_and_kwargs(args, trainer.model)

@@ -26,6 +26,7 @@ from bandpo.lab.run.records import Sample, Score, put_aside
 from bandpo.lab.run.session import Session
 from bandpo.lab.trl.callbacks import Recorder, Sealer
 from bandpo.lab.trl.config import check_optimizer, to_lora, to_trl
+from bandpo.lab.trl.peers import peers_watched
 from bandpo.lab.trl.staleness import StaleGRPOTrainer
 
 ARMS = ("none", "fixed")
@@ -59,7 +60,7 @@ def run(session: Session) -> dict[str, Any]:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     sessions = [session, *_arms(session)]
-    with shown, without_noise():
+    with shown, without_noise(), peers_watched():
         if session.warmup and is_main_process() and not session.folder.warmup.is_dir():
             _make_warmup(session)
         for one in sessions:
@@ -116,7 +117,7 @@ def _train(session: Session, task: Any, runs: int) -> None:
         if trainer:
             check_space(folder.path, runs * _bytes_needed(trainer))
         session.begin(seed=args.seed)
-    with session.status_kept() if is_main_process() else nullcontext():
+    with session.status_kept() if is_main_process() else nullcontext(), peers_watched():
         evaluator.before()
         if trainer:
             _fit(session, trainer, evaluator, found)
@@ -266,11 +267,7 @@ class _Evaluator:
             )
 
     def during(self, step: int) -> None:
-        """Evaluate in the middle, and record it.
-
-        Args:
-            step: optimiser steps made.
-        """
+        """Evaluate after that many optimiser steps, and record it."""
         self._evaluate(step, "during")
 
     def after(self) -> None:

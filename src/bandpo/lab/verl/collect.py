@@ -53,14 +53,7 @@ class Collector:
         self._waiting: list[int] = []
 
     def poll(self, *, last: bool = False) -> None:
-        """Take what is new.
-
-        Args:
-            last: whether verl has ended, so that nothing is awaited.
-
-        Raises:
-            OtherLossError: the first update's metrics are not those of bandpo's loss.
-        """
+        """Take what is new; at the last, once verl has ended, nothing is awaited."""
         for entry in self._new_lines():
             step, data = int(entry["step"]), entry["data"]
             if "actor/pg_loss" in data:
@@ -147,12 +140,6 @@ def step_record(data: dict[str, Any]) -> dict[str, float]:
     The clip's shares, ``clip/NAME``, are sums over tokens divided by each other. verl averages the sums over
     micro-batches, so every token of the rollout counts once where all updates have equally many of them;
     ``use_dynamic_bsz`` does not promise that, and the tokens of an update with fewer micro-batches then weigh more.
-
-    Args:
-        data: verl's metrics.
-
-    Returns:
-        Finite numbers by name.
     """
     found = {NAMES.get(key, key): value for key, value in data.items() if not key.startswith((CLIP, "val-"))}
     sums = {key.removeprefix(CLIP): float(value) for key, value in data.items() if key.startswith(CLIP)}
@@ -171,11 +158,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def evaluation(rows: list[dict[str, Any]]) -> Score:
-    """Return accuracy and its 95 % interval, which knows that samples of one prompt hang together.
-
-    Args:
-        rows: from `read_samples`.
-    """
+    """Return the accuracy of samples and its 95 % interval, which knows that those of one prompt hang together."""
     from bandpo.lab.evaluate import accuracy_interval
 
     prompts: dict[str, list[float]] = {}

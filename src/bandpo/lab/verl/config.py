@@ -7,6 +7,7 @@ counterpart in verl or is an error that names it.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from bandpo._input import InputError, is_import_path, nearest
 from bandpo.engines import _adapter
 from bandpo.engines._hosts import LOSS_MODE, TARGET
-from bandpo.lab.recipe import SHARED, Recipe, bare, shown
+from bandpo.lab.recipe import SHARED, Recipe, bare, multiples, shown
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
 LOSS = f"{ACTOR}.policy_loss"
@@ -123,14 +124,7 @@ class Schedule:
 
 
 def to_verl(recipe: Recipe, place: Place) -> list[str]:
-    """Return the words after ``python -m verl.trainer.main_ppo``.
-
-    Args:
-        recipe: from `load`, with backend="verl".
-        place: where the run lies.
-
-    Returns:
-        hydra overrides, verl's own of the recipe last.
+    """Return the words after ``python -m verl.trainer.main_ppo``: hydra overrides, the recipe's own of verl's last.
 
     Raises:
         InputError: a key or value that cannot be translated.
@@ -177,12 +171,6 @@ def to_verl(recipe: Recipe, place: Place) -> list[str]:
 def schedule(recipe: Recipe) -> Schedule:
     """Check that a recipe has a counterpart in verl, and work out verl's batches and lengths.
 
-    Args:
-        recipe: from `load`.
-
-    Returns:
-        The schedule.
-
     Raises:
         InputError: a key or value that cannot be translated, or numbers that do not divide as verl needs it.
     """
@@ -204,8 +192,7 @@ def schedule(recipe: Recipe) -> Schedule:
     lengths = {"max_steps": steps, "save_steps": recipe.save_steps or steps, "eval_every": recipe.eval_every or steps}
     for key, count in lengths.items():
         if count % updates:
-            low = count // updates * updates
-            fit = f"{low} or {low + updates}" if low > 0 else f"{updates}"
+            fit = multiples(updates, count)
             raise InputError(f"{key}={count}: verl counts rollouts, each of {updates} optimiser steps; give {fit}")
     rollouts, save, test = (count // updates for count in lengths.values())
     return Schedule(workers, rollouts, updates, step * (per_rollout // accumulate) // n, step // n, save, test)
@@ -231,6 +218,11 @@ def ours(recipe: Recipe) -> dict[str, Any]:
 def own(recipe: Recipe) -> list[tuple[str, Any]]:
     """Return what the `verl:` mapping sets of verl's own: keys with dots, and values."""
     return [(key, value) for key, value in recipe.verl.items() if key not in OURS]
+
+
+def ray_address(recipe: Recipe) -> str | None:
+    """Return the address of the Ray cluster that is up, as the recipe or the environment says; None to start one."""
+    return ours(recipe)["ray_address"] or os.environ.get("RAY_ADDRESS")
 
 
 def literal(value: Any) -> str:
@@ -317,14 +309,18 @@ def _loss(recipe: Recipe) -> dict[str, Any]:
 
 
 def _whole(value: Any) -> Any:
-    """The value with the files of its import paths made absolute: Ray's workers may run in other folders."""
+    """The value with its files and those of its import paths made absolute: Ray's workers may run in other folders."""
     if isinstance(value, dict):
         return {key: _whole(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_whole(inner) for inner in value]
-    if isinstance(value, str) and is_import_path(value) and ".py:" in value:
+    if isinstance(value, str) and (is_import_path(value) and ".py:" in value or _is_file(value)):
         return str(Path(value).absolute())
     return value
+
+
+def _is_file(text: str) -> bool:
+    return bool(Path(text).suffix) and os.path.isfile(text)
 
 
 def _optimiser(recipe: Recipe, plan: Schedule) -> dict[str, Any]:

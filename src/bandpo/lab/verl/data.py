@@ -15,17 +15,7 @@ if TYPE_CHECKING:
 
 
 def write_data(task: Task, folder: Path, *, seed: int, eval_prompts: int) -> None:
-    """Write train.parquet and val.parquet.
-
-    Args:
-        task: the task.
-        folder: where to; made when it is not there.
-        seed: of the training problems.
-        eval_prompts: number of held-out problems.
-
-    Raises:
-        InputError: the task has too few held-out problems.
-    """
+    """Write a task's training problems, drawn with that seed, and held-out ones: train.parquet and val.parquet."""
     from bandpo.lab.models.quiet import without_noise
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,14 +47,7 @@ def _rows(data: Dataset, source: str, split: str) -> Dataset:
 def model_config(source: str) -> dict[str, Any]:
     """Return what verl misses in a model's configuration: it goes by names that GPT-2 and its kind do not use.
 
-    Args:
-        source: a folder or Hub name.
-
-    Returns:
-        Fields to set; none for a model of the Hub, whose configuration is not here.
-
-    Raises:
-        InputError: the folder holds no model.
+    None of a model of the Hub, whose configuration is not here.
     """
     folder = Path(source)
     if not folder.is_absolute() or not folder.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,37 @@ _NO_RAY = (
 )  # fmt: skip
 
 _NOTHING = ("no materializable trajectories", "Received an empty list as keys")
+# What hydra, verl and Ray print, and what to say for it.
+_SAID: dict[str, Callable[[re.Match[str]], str]] = {
+    r"Could not override '([^']+)'": lambda m: f"{m[1]}: {no_such_key(m[1], known_keys())}",
+    r"Could not append to config\. An item is already at '([^']+)'": lambda m: (
+        f"+{m[1]}: verl has this key already; write it without the +"
+    ),
+    r"Error in call to target '([^']+)':\n?(.*)": lambda m: f"{m[1]} refuses its settings: {m[2]}",
+    r"(?:mismatched input|no viable alternative|token recognition error|extraneous input).*": lambda m: (
+        f"an override is not in hydra's grammar: {m[0]}"
+    ),
+    r"Total available GPUs ([\d.]+) is less than total desired GPUs (\d+)": lambda m: (
+        f"Ray has {float(m[1]):g} GPUs and the recipe asks for {m[2]}; set verl.workers and verl.nodes to fit"
+    ),
+    r"ray\.exceptions\.AuthenticationError": lambda m: (
+        "the Ray cluster wants a token: set RAY_AUTH_MODE=token, and have its ~/.ray/auth_token here"
+    ),
+}
 
 
 def explain(log: str) -> str:
-    """Return the reason for which verl stopped.
-
-    Args:
-        log: what verl and Ray printed.
-
-    Returns:
-        One line.
-    """
+    """Return in one line why verl stopped, out of what it and Ray printed."""
     lines = [_PROCESS.sub("", line) for line in _COLOUR.sub("", log).replace("\r", "\n").splitlines()]
-    text = "\n".join(lines)
-    for reason in (_refused, _hydra, _few_gpus, _lost, _no_ray, _rollout, _own_error):
-        if found := reason(lines, text):
+    for reason in (_refused, _said, _lost, _no_ray, _rollout, _own_error):
+        if found := reason(lines):
             return " ".join(found.split())
     last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
     return " ".join(last.split())[:300]
 
 
 def known_keys(*, every_engine: bool = False) -> list[str]:
-    """Return the keys of the installed verl's configuration, with dots; none without verl.
-
-    Args:
-        every_engine: whether to add those that only Megatron's and the other engines' configurations have.
-    """
+    """Return the keys of the installed verl's configuration, with dots, or of every engine's; none without verl."""
     import yaml
 
     found = importlib.util.find_spec("verl")
@@ -78,50 +84,36 @@ def _names(config: dict[str, Any], before: str = "") -> list[str]:
     return found
 
 
-def _refused(lines: list[str], text: str) -> str | None:
+def _refused(lines: list[str]) -> str | None:
     """What bandpo itself raised in a process of verl's; the others then lose that process."""
-    return _own_error([line for line in lines if line.startswith(f"{InputError.__module__}.InputError: ")], "")
+    return _own_error([line for line in lines if line.startswith(f"{InputError.__module__}.InputError: ")])
 
 
-def _hydra(lines: list[str], text: str) -> str | None:
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return f"{found[1]}: {no_such_key(found[1], known_keys())}"
-    if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
-        return f"+{found[1]}: verl has this key already; write it without the +"
-    if found := re.search(r"Error in call to target '([^']+)':\n?(.*)", text):
-        return f"{found[1]} refuses its settings: {found[2]}"
-    if found := re.search(
-        r"(?:mismatched input|no viable alternative|token recognition error|extraneous input).*", text
-    ):
-        return f"an override is not in hydra's grammar: {found[0]}"
-    return None
+def _said(lines: list[str]) -> str | None:
+    text = "\n".join(lines)
+    return next((say(found) for pattern, say in _SAID.items() if (found := re.search(pattern, text))), None)
 
 
-def _few_gpus(lines: list[str], text: str) -> str | None:
-    if found := re.search(r"Total available GPUs ([\d.]+) is less than total desired GPUs (\d+)", text):
-        there, way_out = float(found[1]), "set verl.workers and verl.nodes to fit"
-        return f"Ray has {there:g} GPUs and the recipe asks for {found[2]}; {way_out}"
-    return None
+def _lost(lines: list[str]) -> str | None:
+    found = _first(lines, _LOST)
+    return found and f"a worker was lost ({found})"
 
 
-def _no_ray(lines: list[str], text: str) -> str | None:
-    if "ray.exceptions.AuthenticationError" in text:
-        return "the Ray cluster wants a token: set RAY_AUTH_MODE=token, and have its ~/.ray/auth_token here"
-    found = next((line for line in lines if any(sign in line for sign in _NO_RAY)), None)
-    return found and f"no Ray cluster answers ({found.strip()[:200]}); is it up, and is the address right?"
+def _no_ray(lines: list[str]) -> str | None:
+    found = _first(lines, _NO_RAY)
+    return found and f"no Ray cluster answers ({found}); is it up, and is the address right?"
 
 
-def _rollout(lines: list[str], text: str) -> str | None:
+def _rollout(lines: list[str]) -> str | None:
     """When every rollout fails, verl's last error says only that there is nothing; the reason stands far above."""
-    if not any(sign in text for sign in _NOTHING):
+    if not _first(lines, _NOTHING):
         return None
     marks = [i for i, line in enumerate(lines) if "Error in _run_prompt" in line]
-    first = lines[marks[0] : marks[1] if len(marks) > 1 else None] if marks else []
-    error = _own_error(first, "")
+    error = _own_error(lines[marks[0] : marks[1] if len(marks) > 1 else None]) if marks else None
     return f"every rollout failed: {error}" if error else None
 
 
-def _own_error(lines: list[str], text: str) -> str | None:
+def _own_error(lines: list[str]) -> str | None:
     found = None
     for line in lines:
         match = _ERROR.match(line)
@@ -130,6 +122,6 @@ def _own_error(lines: list[str], text: str) -> str | None:
     return found
 
 
-def _lost(lines: list[str], text: str) -> str | None:
-    found = next((line.strip() for line in lines if any(sign in line for sign in _LOST)), None)
-    return found and f"a worker was lost ({found[:200]})"
+def _first(lines: list[str], signs: tuple[str, ...]) -> str | None:
+    """The first line with one of these signs, cut short."""
+    return next((line.strip()[:200] for line in lines if any(sign in line for sign in signs)), None)

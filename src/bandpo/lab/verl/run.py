@@ -23,12 +23,13 @@ from bandpo.lab.recipe import Recipe, bare
 from bandpo.lab.rewards import one_reward
 from bandpo.lab.run import checkpoints
 from bandpo.lab.run.session import Session, Stopped
+from bandpo.lab.tasks import Task
 from bandpo.lab.verl.collect import Collector, OtherLossError
-from bandpo.lab.verl.config import ROLLOUT, Place, environment, ours, own, schedule, to_verl
+from bandpo.lab.verl.config import ROLLOUT, Place, environment, ours, own, ray_address, schedule, to_verl
 from bandpo.lab.verl.data import model_config, write_data
 from bandpo.lab.verl.failure import explain, known_keys, no_such_key
 
-INSTALL = "pip install \".[verl]\" in a checkout, in an environment of its own: TRL's transformers is newer than verl's"
+INSTALL = 'pip install ".[verl]" in a checkout, in an environment of its own: verl takes no transformers past 5.10'
 POLL = 0.5  # seconds
 LOG_READ = 20_000_000  # bytes of the log in which a failure's reason is looked for
 PATIENCE = 20.0  # seconds that verl and Ray get to end by themselves
@@ -52,13 +53,12 @@ def run(session: Session) -> dict[str, Any]:
     plan = schedule(recipe)
     if not session.is_done():
         check_engine(recipe)
-        seed = recipe.seed or 0
         plain = prepare(recipe, folder.path)
         found = last_checkpoint(session)
         found.check(folder.path)
         first = not (found.path and folder.facts.before)
         place = make_place(recipe, folder.path, plain=plain, resume_from=found.path, evaluate_first=first)
-        session.begin(seed=seed, workers=plan.workers)
+        session.begin(seed=recipe.seed or 0, workers=plan.workers)
         found.clear(display.note)
         folder.rewind(found.number * plan.updates, display.note)
         # Without these metrics, or with verl's own loss, nothing in verl's log tells its losses apart.
@@ -81,10 +81,15 @@ def run(session: Session) -> dict[str, Any]:
 
 
 def prepare(recipe: Recipe, out: Path) -> bool:
-    """Write the task as verl reads it; returns whether its prompts are plain text and not chat messages."""
+    """Write the task as verl reads it; returns whether its prompts are plain text."""
     task = recipe.make_task()
     one_reward(*recipe.make_rewards(task))
     write_data(task, out / "data", seed=recipe.seed or 0, eval_prompts=recipe.eval_prompts)
+    return is_plain(task)
+
+
+def is_plain(task: Task) -> bool:
+    """Return whether a task's prompts are plain text and not chat messages."""
     return isinstance(task.eval_dataset(1)[0]["prompt"], str)
 
 
@@ -97,20 +102,15 @@ def make_place(recipe: Recipe, out: Path, *, plain: bool, make: bool = True, **s
         plain: whether the task's prompts are plain text.
         make: whether to make a model that is not there yet.
         **start: resume_from and evaluate_first of `Place`.
-
-    Returns:
-        The place.
-
-    Raises:
-        InputError: the model cannot be had.
     """
     source = source_of(recipe.model, make=make)
     number = 1
     while (log := out / "verl" / f"metrics-{number}.jsonl").exists():  # verl empties the file it is given
         number += 1
-    address = ours(recipe)["ray_address"] or os.environ.get("RAY_ADDRESS")
-    found = model_config(source)
-    return Place(out=out, model=source, plain=plain, log=log, model_config=found, address=address, **start)
+    return Place(
+        out=out, model=source, plain=plain, log=log, model_config=model_config(source), address=ray_address(recipe),
+        **start,
+    )  # fmt: skip
 
 
 def last_checkpoint(session: Session) -> checkpoints.Found:
@@ -131,14 +131,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def check_engine(recipe: Recipe) -> None:
-    """Check verl, what it needs, the user's keys of its own, the GPUs, and the Ray cluster.
-
-    Args:
-        recipe: a checked recipe.
-
-    Raises:
-        InputError: verl or what it needs is missing, there are too few GPUs, or no Ray cluster answers.
-    """
+    """Check verl, what it needs, the user's keys of its own, the GPUs, and the Ray cluster."""
     found = installed_version("verl")
     if found is None:
         raise InputError(f"verl is not installed; {INSTALL}")
@@ -149,8 +142,7 @@ def check_engine(recipe: Recipe) -> None:
     if installed_version("TransferQueue") is None and set_here.get("trainer.use_v1") not in (False, "false", "False"):
         raise InputError(f"TransferQueue is not installed, which verl's trainer needs; {INSTALL}")
     check_keys([*(key for key, _ in own(recipe)), *words])
-    address = ours(recipe)["ray_address"] or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := ray_address(recipe):
         check_address(address)
     elif not recipe.use_cpu:
         engine = str(set_here.get(f"{ROLLOUT}.name", "vllm"))
@@ -160,7 +152,7 @@ def check_engine(recipe: Recipe) -> None:
             )
         import torch
 
-        wanted, there = ours(recipe)["workers"] * ours(recipe)["nodes"], torch.cuda.device_count()
+        wanted, there = schedule(recipe).workers, torch.cuda.device_count()
         if there < wanted:
             raise InputError(
                 f"verl.workers x verl.nodes={wanted}: this machine has {there} GPUs and no ray_address is given; "
@@ -169,14 +161,7 @@ def check_engine(recipe: Recipe) -> None:
 
 
 def check_keys(words: list[str]) -> None:
-    """Check that the installed verl's configuration has the keys that a user sets without a "+".
-
-    Args:
-        words: overrides, or keys alone.
-
-    Raises:
-        InputError: a key is not there; names the nearest one.
-    """
+    """Check that the installed verl's configuration has the keys that a user sets without a "+"."""
     groups = [key for key in map(bare, words) if "." not in key or "@" in key]
     known = known_keys(every_engine=bool(groups))
     below = ("hydra.", *(f"{group.partition('@')[2] or group}." for group in groups))  # a group brings keys of its own
@@ -186,14 +171,7 @@ def check_keys(words: list[str]) -> None:
 
 
 def check_address(address: str) -> None:
-    """Check that something listens where the Ray cluster should be.
-
-    Args:
-        address: as Ray takes it; "auto" and "local" are left to Ray.
-
-    Raises:
-        InputError: nothing answers.
-    """
+    """Check that something listens where the Ray cluster should be; "auto" and "local" are left to Ray."""
     found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address)
     if not found:
         return
