@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,11 @@ from bandpo.plots.look import DARK, LIGHT, Theme
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "studies" / "results"
 PAGE = DOCS / "evidence.md"
+MEASURED = DOCS / "data" / "measured.json"  # which study has which clip: the cards say it
 THEMES = {"": LIGHT, "-dark": DARK}
-DRAWN = tuple(name for name in ("control", "shape", "entropy") if (RESULTS / name).is_dir())
+DRAWN = tuple(
+    name for name in ("control", "shape", "explore", "entropy", "entropy-again", "field") if (RESULTS / name).is_dir()
+)
 CURVES = {"reward": "training reward", "entropy": "entropy, nats"}
 
 
@@ -125,9 +129,20 @@ def filled(page: str) -> str:
     return page
 
 
+def measured() -> dict[str, list[str]]:
+    """Clip to the studies of which it was an arm."""
+    found: dict[str, list[str]] = {}
+    for name in studies():
+        arms = parse(kept(name).newest, name).arms.values()
+        for clip in sorted({keys["clip"] for keys in arms}):
+            found.setdefault(clip, []).append(name)
+    return dict(sorted(found.items()))
+
+
 def main() -> None:
-    """Write the page and draw the pictures."""
+    """Write the page and what the cards need of it, and draw the pictures."""
     PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
+    MEASURED.write_text(json.dumps(measured(), indent=1) + "\n", "utf-8")
     for name in DRAWN:
         for suffix, theme in THEMES.items():
             draw(name, theme, DOCS / "img" / f"evidence-{name}{suffix}.svg")
