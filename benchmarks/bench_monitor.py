@@ -2,7 +2,8 @@
 
 The measured one is BandGRPOTrainer with clip="host": TRL's own loss, unchanged, and beside it what its clip does.
 Both run their ordinary `train()`, one rollout with all its updates at a time. Target: <= 1.02. verl's step with its own
-loss measured is the arm "host" of bench_verl_step.py. Beside it, `Monitor.update` alone, by the token.
+loss measured is the arm "host" of bench_verl_step.py (--arms host --name monitor_verl).
+Beside it, `Monitor.update` alone, by the token and by the update.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from trl_support import digits, make_tokenizer
 
 import bandpo
 from bandpo.engines.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.loss.stats import BRIEF
 
+CLIPS = ("fixed", "band", "sapo")
 ARMS: dict[str, tuple[type[GRPOTrainer], type[GRPOConfig], dict[str, Any]]] = {
     "trl": (GRPOTrainer, GRPOConfig, {}),
     "measured": (BandGRPOTrainer, BandGRPOConfig, {"clip": "host", "clip_metrics": "brief"}),
@@ -94,15 +97,33 @@ def alone(clip: str, rows: int = 64, columns: int = 1024, rounds: int = 10) -> d
     return {"what": f"Monitor.update, {clip}", "tokens": old.numel(), "nanoseconds_a_token": 1e9 * best / old.numel()}
 
 
+def one_update(clip: str, rows: int = 32, columns: int = 6, rounds: int = 1000) -> dict[str, Any]:
+    """What the measuring of one update of the tiny shape takes, its log included: the fastest, microseconds."""
+    old = -3 * torch.rand(rows, columns)
+    new, advantages, mask = old - 0.2 * torch.rand_like(old), torch.randn(rows), torch.ones_like(old)
+    monitor, best = bandpo.Monitor(clip), {"update": float("inf"), "log": float("inf")}
+    for _ in range(rounds):
+        start = time.process_time()
+        monitor.update(new, old, advantages, mask)
+        middle = time.process_time()
+        torch.stack(list(monitor.compute(only=BRIEF).values())).tolist()
+        monitor.reset()
+        best["update"] = min(best["update"], middle - start)
+        best["log"] = min(best["log"], time.process_time() - middle)
+    what = f"one update of {rows * columns} tokens and its log, {clip}"
+    return {"what": what} | {f"{name}_microseconds": 1e6 * x for name, x in best.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=SIZES)
+    parser.add_argument("--sizes", nargs="*", default=["tiny", "small"], choices=SIZES)
+    parser.add_argument("--name", default="monitor", help="of the file in benchmarks/results")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     rows = [measure(name, args.rounds if name == "tiny" else args.rounds // 2) for name in args.sizes]
-    write("monitor", rows + [alone(clip) for clip in ("fixed", "band", "sapo")])
+    write(args.name, rows + [alone(clip) for clip in CLIPS] + [one_update(clip) for clip in CLIPS])
 
 
 if __name__ == "__main__":

@@ -116,18 +116,18 @@ def make_worker(config: Any, actor: Any) -> TrainingWorker:
     return worker
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, rounds: int, arms: dict[str, list[str]]) -> dict[str, Any]:
     """Time `rounds` rollouts' updates with each loss, in an order that goes round from one to the next."""
     torch.manual_seed(0)
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
         make_model(size, Path(folder))
-        configs = {key: configuration(Path(folder), size[3], more) for key, more in ARMS.items()}
+        configs = {key: configuration(Path(folder), size[3], more) for key, more in arms.items()}
         actors = {key: omega_conf_to_dataclass(config.actor) for key, config in configs.items()}
         worker = make_worker(configs["verl"], actors["verl"])
     data, times, logged = make_rollout(size), {key: [] for key in actors}, {}
     for i in range(rounds + 2):
-        for key in [*ARMS][i % len(ARMS) :] + [*ARMS][: i % len(ARMS)]:
+        for key in [*arms][i % len(arms) :] + [*arms][: i % len(arms)]:
             worker.set_loss_fn(partial(ppo_loss, config=actors[key]))
             start = time.process_time(), time.perf_counter()
             output = worker.train_mini_batch(data=data.clone())
@@ -140,7 +140,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     row |= {"updates": UPDATES, "rounds": rounds}
     for i, clock in enumerate(("processor", "wall")):
         row[f"{clock}_verl_seconds"] = statistics.median(own[i] for own in times["verl"])
-        for key in [key for key in ARMS if key != "verl"]:
+        for key in [key for key in arms if key != "verl"]:
             ratios = [ours[i] / own[i] for own, ours in zip(times["verl"], times[key], strict=True)]
             quartiles = zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(ratios, n=4), strict=True)
             row |= {f"{key}: {clock}_ratio_{place}": value for place, value in quartiles}
@@ -151,9 +151,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=SIZES)
+    parser.add_argument("--arms", nargs="+", default=[key for key in ARMS if key != "verl"], choices=ARMS)
+    parser.add_argument("--name", default="verl_step", help="of the file in benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    write("verl_step", [measure(name, args.rounds) for name in args.sizes])
+    arms = {key: words for key, words in ARMS.items() if key in ("verl", *args.arms)}
+    write(args.name, [measure(name, args.rounds, arms) for name in args.sizes])
 
 
 if __name__ == "__main__":

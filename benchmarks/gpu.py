@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 QUIET = ["-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-x"]
 TRL_STEP = ["benchmarks/bench_trl_step.py", "--device", "cuda", "--bf16", "--sizes", "medium", "--rounds", "16"]
-STUDY = ["-m", "bandpo", "study", "studies/smollm2.yaml", "--out", "runs/gpu-smollm2", "--device", "cuda", "--jobs", "8"]
+STUDY = [*"-m bandpo study studies/smollm2.yaml --out runs/gpu-smollm2 --device cuda --jobs 8".split()]
 STEPS = [
     Step(
         "the kernel's tests on this card", ["-m", "pytest", *QUIET, "tests/test_kernel.py"], ("pytest", "triton"), 0.3
