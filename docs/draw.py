@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = dict(zip(FAMILY, (*plots.COLOURS, "#8d7a12"), strict=True))
+COLOURS = dict(zip(FAMILY, (*plots.COLOURS, "#9a8534"), strict=True))
 MATCHED = 0.1  # the old probability at which all upper bounds of the first two pictures agree
 STYLES = {"js": plots.DASHED}  # it all but covers hellinger
 ORDERS = {-1: "-1\nneyman", 0: "0\nkl", 0.5: "0.5\n\nhellinger", 1: "1\nreverse_kl", 2: "2\nchi2", 3: "3"}
@@ -146,7 +146,7 @@ def figure(name: str) -> Figure:
 def main(folder: Path) -> None:
     """Draw all pictures to a folder and print the radii of the first two."""
     for name in PICTURES:
-        print(plots.save(figure(name), folder / f"{name}.svg"))
+        print(*plots.save_both(figure(name), folder / f"{name}.svg"), sep="\n")
     print("radii:", ", ".join(f"{name} {delta:.4f}" for name, delta in matched_radii().items()))
 
 

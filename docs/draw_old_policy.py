@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 from bandpo.clips import ANCHORS
-from bandpo.plots import COLOURS, DASHED, INK, MUTED, RC, save
+from bandpo.plots import COLOURS, DASHED, INK, MUTED, RC, save_both
 
 PLACES = {"rollout": (0.0, 0.0), "old": (0.0, 1.0), "new": (1.0, 0.5)}
 LABELS = {"rollout": "rollout engine", "old": "trainer, old", "new": "trainer,\nnow"}
@@ -21,8 +21,8 @@ FROM = {"old": ("old", "old"), "p": ("rollout", "old"), "r": ("old", "rollout"),
 def draw() -> Figure:
     """Return four panels, one for each anchor."""
     with rc_context(RC | {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(10, 2.9), layout="constrained", facecolor="white")
-        for axes, anchor in zip(figure.subplots(1, 4), ANCHORS, strict=True):
+        figure = Figure(figsize=(6.4, 5.2), layout="constrained", facecolor="white")
+        for axes, anchor in zip(figure.subplots(2, 2).flat, ANCHORS, strict=True):
             region, weight = FROM[anchor]
             _arrow(axes, region, COLOURS[0], "-", 0.14)
             _arrow(axes, weight, COLOURS[1], DASHED, -0.14)
@@ -49,4 +49,4 @@ def _arrow(axes: object, start: str, colour: str, style: object, bend: float) ->
 
 
 if __name__ == "__main__":
-    print(save(draw(), Path(sys.argv[1] if len(sys.argv) > 1 else "docs/img/old-policy.svg")))
+    print(*save_both(draw(), Path(sys.argv[1] if len(sys.argv) > 1 else "docs/img/old-policy.svg")), sep="\n")

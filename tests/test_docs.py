@@ -9,6 +9,8 @@ import math
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,8 +91,26 @@ def test_the_pages_examples_print_what_is_shown(name: str) -> None:
 def test_the_picture_is_what_its_command_draws(tmp_path: Path) -> None:
     drawn = tmp_path / "bounds.svg"
     assert plots.main([str(drawn)]) == 0
-    assert drawn.read_text("utf-8").count("<path") == (ROOT / "docs/img/bounds.svg").read_text("utf-8").count("<path")
+    kept = ROOT / "docs/img/bounds.svg"
+    for suffix in ("", "-dark"):
+        ours, theirs = (path.with_stem(path.stem + suffix).read_text("utf-8") for path in (drawn, kept))
+        assert ours.count("<path") == theirs.count("<path")
     assert plots.main([]) == 2 and plots.main([str(tmp_path / "no" / "folder.svg")]) == 2
+
+
+def test_every_picture_has_a_light_and_a_dark_form_without_a_ground_of_its_own() -> None:
+    pages = [path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.md")]
+    named = [name for page in pages for name in re.findall(r"!\[[^\]]*\]\(\S*img/(\S+)\)", page)]
+    assert len(named) > 90
+    for name in named:
+        stem = name.split(".svg#only-")[0].removesuffix("-dark")
+        assert name in (f"{stem}.svg#only-light", f"{stem}-dark.svg#only-dark"), name
+        assert {f"{stem}.svg#only-light", f"{stem}-dark.svg#only-dark"} <= set(named), name
+    for path in (ROOT / "docs/img").rglob("*.svg"):
+        ground = re.search(r'id="patch_1">\s*<path[^>]*style="fill: (\S+?)[";]', path.read_text("utf-8"))
+        assert ground is None or ground[1] == "none", path
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert '<source media="(prefers-color-scheme: dark)" srcset="docs/img/bounds-dark.svg">' in readme
 
 
 def test_the_operators_pictures_are_what_their_command_draws(tmp_path: Path) -> None:
@@ -98,7 +118,7 @@ def test_the_operators_pictures_are_what_their_command_draws(tmp_path: Path) -> 
     draw["main"](tmp_path)
     for name in draw["PICTURES"]:
         drawn, kept = ((folder / f"{name}.svg").read_text("utf-8") for folder in (tmp_path, ROOT / "docs/img"))
-        assert drawn.count("<path") == kept.count("<path") and f"(img/{name}.svg)" in page
+        assert drawn.count("<path") == kept.count("<path") and f"(img/{name}.svg#only-light)" in page
         ours, theirs = (re.findall(r'<g id="line2d_.*?<path d="(.*?)"', x, flags=re.DOTALL) for x in (drawn, kept))
         assert len(ours) == len(theirs) > 10
         for a, b in zip(ours, theirs, strict=True):  # in points: the look may differ between versions, no curve may
@@ -137,3 +157,23 @@ def test_the_intervals_have_the_names_that_the_operators_page_gives_them() -> No
                 observed, expected = [k, n - k], [q * n, (1 - q) * n]
                 statistic = stats.power_divergence(observed, expected, lambda_=-order).statistic
                 assert statistic == pytest.approx(z * z), (order, k)
+
+
+def test_the_built_site_fetches_nothing_and_typesets_nothing(tmp_path: Path) -> None:
+    """Formulas are plain text, so that a page opened from disk, without a network, is whole."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 60
+    elsewhere = re.compile(r'\b(?:src|srcset|data|poster|action|href)\s*=\s*"?(?:https?:)?//')
+    for page in pages:
+        html = page.read_text("utf-8")
+        tags = re.findall(r"<(?!a\b)[a-z]+\b[^>]*>", html)
+        assert not [x for x in tags if elsewhere.search(x) and 'rel="canonical"' not in x], page
+        # what the theme's script would fetch: diagrams, and the numbers of a repository; and what would be TeX
+        for word in ('class="mermaid', 'data-md-component="source"', "arithmatex", "MathJax", "katex", "$$"):
+            assert word not in html, (page, word)
+    for style in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"@import|url\([\"\']?(?:https?:)?//", style.read_text("utf-8")), style
