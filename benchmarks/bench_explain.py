@@ -81,7 +81,7 @@ def make(folder: Path, rows: int) -> None:
     torch.save(renamed(x, TRL, whole=False), folder / "trl.pt")
     torch.save(renamed(x, VERL, whole=True), folder / "verl.pt")
     (folder / "sequences.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(x)))
-    rounded = {name: np.round(a.astype(float), 6).tolist() for name, a in flat.items()}
+    rounded = {n: (a if n == "sequence" else np.round(a.astype(float), 6)).tolist() for n, a in flat.items()}
     one_each = (dict(zip(rounded, row, strict=True)) for row in zip(*rounded.values(), strict=True))
     (folder / "tokens.jsonl").write_text("".join(json.dumps(r) + "\n" for r in one_each))
     lists = {

@@ -16,7 +16,7 @@ from scipy.stats import binomtest, ttest_rel
 
 from bandpo._input import InputError
 from bandpo.cli import main
-from bandpo.cli.eval import _progress
+from bandpo.cli.eval import _progress, _same_task
 from bandpo.lab.answers import compare, read_answers, write_answers
 from bandpo.lab.evaluate import accuracy_interval, end_ids, evaluate, score_interval
 from bandpo.lab.models.load import load_model
@@ -211,6 +211,8 @@ def test_eval_prints_a_table_and_writes_every_sample(evaluated, capsys):
     assert code == 2 and "--overwrite" in err and err.count("\n") == 1
     code, _, err = run(capsys, *files, "--task", "reasoning-gym:chain_sum")
     assert code == 2 and "holds samples of task 'addition', and --task is" in err and err.count("\n") == 1
+    for theirs, given in (("/a/my-task.py:Mine", "my-task.py:Mine"), ("chain-sum", "chain_sum")):
+        assert _same_task(theirs) == _same_task(given) != _same_task("addition")
 
 
 def test_a_models_name_is_no_markup_on_the_progress_line(monkeypatch, capsys):

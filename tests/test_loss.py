@@ -8,6 +8,7 @@ import torch
 
 import bandpo
 from bandpo.loss.stats import BUCKETS, EDGES
+from bandpo.operator.tokens import Tokens
 
 CLIPS = {
     "kl": bandpo.Band(delta=0.05, cap=10.0),
@@ -187,6 +188,16 @@ def test_metrics_are_counts_by_bucket(name):
 def test_no_metrics_no_work():
     logps, old, advantages, mask = tokens(4, 5)
     assert bandpo.policy_loss(logps, old, advantages, mask, metrics=False).metrics == {}
+
+
+@pytest.mark.parametrize("name", ["band", "fixed", "sapo", "kl_cov", "clip_cov"])
+def test_one_token_may_have_no_dimension(name):
+    logps, old, advantages = torch.tensor([-0.9, -1.4, 1.5])
+    out = bandpo.policy_loss(logps, old, advantages, clip=name)
+    want = bandpo.policy_loss(logps[None], old[None], advantages[None], clip=name)
+    torch.testing.assert_close([out.loss, out.metrics], [want.loss, want.metrics], equal_nan=True)
+    tokens_seen = Tokens(logps, old, advantages)
+    assert bandpo.get_clip(name).coefficient(tokens_seen).shape == ()
 
 
 def test_half_types_round_neither_counts_nor_edges():

@@ -17,7 +17,7 @@ from lab_support import quick_pages, train
 from bandpo import Band, Fixed, cli, get_clip
 from bandpo._input import InputError
 from bandpo.cli import _run
-from bandpo.lab.models import UNTRAINED
+from bandpo.lab.models import UNTRAINED, source_of
 from bandpo.lab.models.load import load_model
 from bandpo.lab.reading import RecipeFile, read_recipe
 from bandpo.lab.recipe import Recipe, load
@@ -186,9 +186,16 @@ def test_every_smoke_reaches_the_engines_configuration(path: Path, tmp_path: Pat
     assert any(f'\\"{ROOT}/recipes/paper/problems.jsonl\\"' in word for word in words)
 
 
-def test_a_smoke_shrinks_sizes_only_and_needs_no_mapping() -> None:
+def test_a_smoke_shrinks_sizes_only_and_needs_no_mapping(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="smoke.clip_args: a smoke changes sizes"):
         shrink(RecipeFile("mine", {}, {"clip_args": {"delta": 1.0}}), "trl")
+    (tmp_path / "mine.yaml").write_text("task: addition\nsmoke: false\n")
+    with pytest.raises(InputError, match="smoke=False: must be a mapping"):
+        read_recipe(str(tmp_path / "mine.yaml"))
+    for key, engine in (("task_args", "trl"), ("trl", "trl"), ("verl", "verl")):
+        odd = shrink(RecipeFile("mine", {"task": "addition", "model": "m", key: "x"}, {key: {"a": 1}}), engine)[0]
+        with pytest.raises(InputError, match=f"{key}='x': must be a mapping"):
+            load(odd, backend=engine)
     small, said = shrink(read_recipe("verl-demo"), "verl")
     assert small.keys["max_steps"] == 8 and "max_steps 8 (128)" in said, "one rollout"
     assert shrink(read_recipe("verl-demo"), "trl")[0].keys["max_steps"] == 2
@@ -197,12 +204,15 @@ def test_a_smoke_shrinks_sizes_only_and_needs_no_mapping() -> None:
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
-def test_a_random_model_is_always_the_same_and_reads_what_it_writes(name: str) -> None:
+def test_a_random_model_is_always_the_same_and_reads_what_it_writes(name: str, tmp_path: Path) -> None:
     model, tokenizer = load_model(name)
     assert model.config.model_type == UNTRAINED[name] and model.num_parameters() < 40_000
     from bandpo.lab.models.untrained import untrained_model
 
     assert torch.equal(untrained_model(UNTRAINED[name]).lm_head.weight, model.lm_head.weight)
+    folder, other = Path(source_of(name)), tmp_path / "made"
+    other.mkdir()
+    assert folder.stat().st_mode == other.stat().st_mode, "those who share the cache may read it"
     text = "Ist $x$ \\boxed{7}\nor é?"
     assert tokenizer.decode(tokenizer(text=text)["input_ids"]) == text
     assert len(tokenizer(text="\\boxed{7}")["input_ids"]) == 1

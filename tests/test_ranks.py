@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,6 +33,8 @@ NUMBER = len(COUNTS)  # the fields before it are counts
 SPLIT = 2e-6
 PATIENCE = 240.0  # seconds, where two seconds will do on an idle machine
 SEEDS = st.integers(0, 2**32 - 1)
+CLEAN = multiprocessing.get_context("forkserver")  # copies of a process that has the imports behind it and no threads
+CLEAN.set_forkserver_preload(["bandpo.lab.trl.run", "lab_support"])
 
 
 def tokens(seed: int) -> dict[str, torch.Tensor]:
@@ -131,23 +135,14 @@ def test_counts_are_exact_as_far_as_a_double_goes() -> None:
 # ---------------------------------------------------------------- two processes, one of them lost
 
 
-def _rank(rank: int, port: int, words: str, out: Path, said: Path) -> int:
-    """One process of torchrun's two, forked, so that it has the imports behind it; its process id."""
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            from accelerate.state import AcceleratorState, GradientState, PartialState
-
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()  # of what earlier tests trained in the process that this one is a copy of
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-            with said.open("w") as file, redirect_stdout(StringIO()), redirect_stderr(file):
-                code = train(words, out)
-        finally:
-            os._exit(code)
-    return child
+def _rank(rank: int, port: int, words: str, out: Path, said: Path) -> None:
+    """One process of torchrun's two."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with said.open("w") as file, redirect_stdout(StringIO()), redirect_stderr(file):
+        code = train(words, out)
+    sys.exit(code)
 
 
 class Two:
@@ -158,26 +153,28 @@ class Two:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.out, self.said = out, [out.with_name(f"rank{rank}.txt") for rank in (0, 1)]
-        self.ranks = [_rank(rank, port, words, out, self.said[rank]) for rank in (0, 1)]
-        self.codes: dict[int, int] = {}
+        self.ranks = [CLEAN.Process(target=_rank, args=(rank, port, words, out, self.said[rank])) for rank in (0, 1)]
+        for rank in self.ranks:
+            rank.start()
+
+    @property
+    def codes(self) -> dict[int, int]:
+        """The exit codes of those that have ended."""
+        return {i: rank.exitcode for i, rank in enumerate(self.ranks) if rank.exitcode is not None}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for rank in {0, 1} - set(self.codes):
-            os.kill(self.ranks[rank], signal.SIGKILL)
-            os.waitpid(self.ranks[rank], 0)
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
 
     def until(self, found: Callable[[], bool]) -> None:
-        """Wait for it; the exit codes of processes that end are kept."""
+        """Wait for it."""
         end = time.monotonic() + PATIENCE
         while not found():
             assert time.monotonic() < end, ("hangs", self.codes, [file.read_text() for file in self.said])
-            for rank in {0, 1} - set(self.codes):
-                child, status = os.waitpid(self.ranks[rank], os.WNOHANG)
-                if child:
-                    self.codes[rank] = os.waitstatus_to_exitcode(status)
             time.sleep(0.05)
 
     def steps(self) -> int:
@@ -187,8 +184,6 @@ class Two:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_lost_process_ends_the_run_in_a_line_and_the_run_goes_on(tmp_path: Path) -> None:
-    import bandpo.lab.trl.run  # noqa: F401  # once, instead of in each process
-
     words, out = SHORT.replace("--max_steps 8", "--max_steps 24"), tmp_path / "run"
     go_on = rf"; go on with: torchrun --nproc_per_node 2 -m bandpo train demo .* --out {out} --resume"
     lost = r"another process of the run was lost \(.*\)"
@@ -200,7 +195,7 @@ def test_a_lost_process_ends_the_run_in_a_line_and_the_run_goes_on(tmp_path: Pat
         with Two(f"{words} --requeue", out) as two:
             there = two.steps()
             two.until(lambda two=two, there=there: two.steps() >= there + 3)
-            os.kill(two.ranks[rank], sign)
+            os.kill(two.ranks[rank].pid, sign)
             two.until(lambda two=two: len(two.codes) == 2)
         assert two.codes == {rank: code, 1 - rank: 1}
         last = two.said[speaks].read_text().splitlines()[-1]

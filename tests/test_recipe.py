@@ -115,6 +115,7 @@ BAD_WORDS = {
     "--eval_strategy steps": "eval_every",
     "--eval_prompts 0": "eval_prompts=0",
     "--output_dir x": "--out",
+    "--smoke.max_steps 3": "--smoke cannot be set here: its sizes stand in the recipe",
     "--resume_from_checkpoint x": "--resume",
     "--deepspeed x.json": "BandGRPOTrainer",
     "stray": "'stray' belongs to no key",

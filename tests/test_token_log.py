@@ -226,6 +226,38 @@ def test_nulls_are_counted_as_missing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        '"logps": [null, null], "old_logps": [-1, -2]',
+        '"logps": [null, -1, -%d], "old_logps": [null, -1, -2]',
+        '"logps": [], "old_logps": []',
+        '"logps": -1, "old_logps": -1, "sequence": %d000000000000000000000',
+        '"logps": -1, "old_logps": -1, "sequence": "2024-01-0%d"',
+    ],
+)
+def test_what_pyarrow_takes_for_something_else_is_read_as_it_stands(
+    odd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join('{"advantages": 1, ' + odd.replace("%d", str(i // 2 + 1)) + "}\n" for i in range(6))
+    (tmp_path / "x.jsonl").write_text(text)
+    found = list(open_log(tmp_path / "x.jsonl").parts())
+    monkeypatch.setattr(token_sources, "_by_pyarrow", lambda text, names: None)
+    want = list(open_log(tmp_path / "x.jsonl").parts())
+    assert len(found) == len(want)
+    for a, b in zip(found, want, strict=True):
+        assert all(torch.equal(a[k].nan_to_num(9), b[k].nan_to_num(9)) for k in b)
+    if "sequence" in odd:
+        assert sum(len(part["logps"]) for part in found) == 3
+
+
+def test_a_line_may_be_longer_than_pyarrows_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Jsonl, "_by_hand", lambda *_, **__: pytest.fail("read by hand"))
+    long = [-1.2345678901234567] * 60_000  # 1.2 MB
+    lines(tmp_path / "x.jsonl", [{"logps": long, "old_logps": long, "advantages": 1.0}] * 2)
+    assert sum(int(part["mask"].sum()) for part in open_log(tmp_path / "x.jsonl").parts()) == 120_000
+
+
 @pytest.mark.parametrize("rows", [records, tokens_of], ids=lambda f: f.__name__)
 def test_lines_are_the_same_read_by_pyarrow_and_by_the_standard_library(
     rows: Callable[..., list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +360,45 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     ),
     "a number for a list": (
         "x.jsonl", b'{"logps": [-1], "old_logps": -1, "advantages": 1}\n', "old_logps of record 1 has no list",
+    ),
+    "a list in one record alone": (
+        "x.jsonl",
+        b'{"logps": [-1], "old_logps": [-1], "advantages": 1}\n{"logps": -1, "old_logps": -1, "advantages": 1}\n',
+        "logps of record 2 is no list, and that of others is",
+    ),
+    "a word in a list": (
+        "x.jsonl",
+        b'{"logps": [-1, -1], "old_logps": [-1, -1], "advantages": 1}\n'
+        b'{"logps": [-1, -1], "old_logps": [-1, "x"], "advantages": 1}\n',
+        "old_logps of record 2 is 'x'",
+    ),
+    "lists in lists": (
+        "x.jsonl", b'{"logps": [[-1, -2]], "old_logps": [[-1, -2]], "advantages": 1}\n', r"record 1 is \[-1, -2",
+    ),
+    "a date": (
+        "x.jsonl", b'{"logps": "2024-01-01", "old_logps": -1, "advantages": 1}\n', "logps of record 1 is '2024-01-01'",
+    ),
+    "dates in parquet": (
+        "x.parquet", table(logps=np.array(["2024-01-01"], "datetime64[s]"), old_logps=V[:1], advantages=V[:1]),
+        "logps of record 1 is .*2024.*: must be a number",
+    ),
+    "a number of hundreds of digits": (
+        "x.jsonl", b'{"logps": null, "old_logps": -1, "advantages": 1}\n'
+        b'{"logps": -1' + b"0" * 400 + b', "old_logps": -1, "advantages": 1}\n', "logps of record 2 is -1000",
+    ),
+    "a list for a sequence's name": (
+        "x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1, "sequence": [1, 2]}\n', "sequence of record 1 is",
+    ),
+    "json after blank lines": (
+        "x.jsonl", b'\n\n{"logps": -1, "old_logps": -1, "advantages": 1}\n\nhello\n{}\n', "line 5 is not JSON",
+    ),
+    "lines that are json only together": (
+        "x.jsonl", b'\n{"logps": [-1], "old_logps": [-1], "advantages": 1}\n{"old_logps": [-1, -1], "advantages": 1, '
+        b'"logps": [-1\n-1]}\n', "line 3 is not JSON",
+    ),
+    "brackets without end": (
+        "x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\n' + b'{"x": ' * 10**5 + b"\n7\n",
+        "line 2 is not JSON",
     ),
     "lists of other lengths in parquet": (
         "x.parquet", table(logps=[[-1.0], [-1.0]], old_logps=[[-1.0], [-1.0, -2.0]], advantages=[1.0, 1.0]),

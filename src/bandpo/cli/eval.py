@@ -83,7 +83,7 @@ def _eval(args: argparse.Namespace) -> None:
     stored = {name: read_answers(Path(name)) for name in args.models if name.endswith(STORED)}
     for name, found in stored.items():
         theirs = str(found.facts.get("task") or args.task)
-        if Path(theirs).name != Path(args.task).name:  # a task of one's own may lie elsewhere by now
+        if _same_task(theirs) != _same_task(args.task):
             raise InputError(f"{name}: holds samples of task {theirs!r}, and --task is {args.task!r}; name theirs")
     task, sampled = _task(args), [name for name in args.models if name not in stored]
     out = args.out or Path("evals") / _slug(task.name)
@@ -100,6 +100,11 @@ def _eval(args: argparse.Namespace) -> None:
     if sampled:
         write_whole(out / "summary.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result) if args.json else visible(_table(result, out if sampled else None)))
+
+
+def _same_task(name: str) -> str:
+    """What stays of a task's name: one of one's own may lie elsewhere by now, and `chain-sum` is `chain_sum`."""
+    return Path(name).name.replace("-", "_")
 
 
 def _check(args: argparse.Namespace) -> None:

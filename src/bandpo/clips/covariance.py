@@ -116,11 +116,11 @@ def _top(x: Tensor, fraction: float, mask: Tensor | None) -> Tensor:
     """Return 1 for the given fraction of the tokens, those of the largest `x`, at least one, else 0."""
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     x = torch.where(mask, x, -torch.inf)
-    count = (fraction * mask.sum()).floor().long().clamp(min=1)  # stays on the device
     most = min(int(fraction * x.numel()) + 1, x.numel())  # no fewer, and known to the host, as topk needs it
     if not most:
         return x
-    least = x.flatten().topk(most).values.gather(0, count[None] - 1)
+    count = (fraction * mask.sum()).floor().long().clamp(min=1, max=most)  # stays on the device, rounded to float32
+    least = x.flatten().topk(most).values.gather(0, count[None] - 1).squeeze(0)
     larger, equal = x > least, x == least  # of equal ones the first
     first = equal & (equal.flatten().cumsum(0).view_as(x) <= count - larger.sum())
     return (mask & (larger | first)).to(x.dtype)

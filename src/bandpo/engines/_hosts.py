@@ -128,7 +128,7 @@ HOSTS = {  # by the adapter's name; what was tried stands in docs/versions.md
         plugs=True,
     ),
     "torchrl": Host("torchrl", "torchrl>=0.14.1", _EXTRA.format("torchrl"), ("0.14.1", "0.14.1")),
-    "rllib": Host("ray", "ray[rllib]>=2.60", _EXTRA.format("ray"), ("2.60.0", "2.60.0"), part="gymnasium"),
+    "rllib": Host("ray", "ray[rllib]>=2.56", _EXTRA.format("ray"), ("2.56.0", "2.60.0"), part="gymnasium"),
     "tinker": Host("tinker", "tinker>=0.38", _EXTRA.format("tinker"), ("0.38.0", "0.38.0")),
     "skyrl": Host(
         "skyrl", "skyrl>=0.4,<0.5, tested with skyrl==0.4.0", "pip install 'skyrl==0.4.0' on Python 3.12 or newer"
@@ -143,8 +143,8 @@ HOSTS = {  # by the adapter's name; what was tried stands in docs/versions.md
     ),
 }  # fmt: skip
 # What the adapters stand on, as far as it was tried: a version outside is no error, `bandpo doctor` says it.
-TRIED = {"torch": ("2.13.0", "2.14.1"), "transformers": ("5.3.0", "5.24.0")}
-TRIED_PYTHON = ("3.11", "3.12")
+TRIED = {"torch": ("2.6.0", "2.14.1"), "transformers": ("5.3.0", "5.24.0")}
+TRIED_PYTHON = ("3.11", "3.13")
 
 
 def untried(package: str, found: str, tried: tuple[str, str]) -> str | None:

@@ -121,7 +121,7 @@ def read_recipe(name_or_path: str) -> RecipeFile:
     keys = read_yaml(text, f"recipe {name_or_path}")
     if not isinstance(keys, dict) or not keys:
         raise InputError(f"recipe {name_or_path}: must be a YAML mapping of keys to values, such as 'task: addition'")
-    smoke = keys.pop("smoke", None) or {}
+    smoke = {} if (said := keys.pop("smoke", None)) is None else said
     if not isinstance(smoke, dict):
         raise InputError(f"recipe {name_or_path}: smoke={smoke!r}: must be a mapping of keys to small values")
     return RecipeFile(path.stem, {str(key): value for key, value in keys.items()}, smoke)

@@ -32,6 +32,7 @@ _OWN_SCRIPT = "this command holds a whole model in each process; use BandGRPOTra
 _FIXED = "the clip sets the bounds; give clip: fixed and clip_args"
 INSTEAD: dict[str, dict[str, str]] = {
     "both": {
+        "smoke": "its sizes stand in the recipe; beside --smoke give a key itself, as in --smoke --max_steps 4",
         "output_dir": "name the folder with --out",
         "resume_from_checkpoint": "continue a run with --resume",
         "model_init_kwargs": "the model is loaded for you; name it with the key 'model'",

@@ -57,6 +57,8 @@ def _over(old: Any, new: Any, key: str) -> Any:
     """A mapping over the one that was there; any other value in its place."""
     if not isinstance(new, Mapping):
         return new
+    if not isinstance(old or {}, Mapping):  # which `load` refuses
+        return old
     before, after = ((dict(flat(x)) if key == "verl" else x) for x in (old or {}, dict(new)))
     return {**before, **after}
 

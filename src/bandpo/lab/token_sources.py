@@ -19,6 +19,7 @@ from bandpo._input import InputError, nearest
 Block = dict[str, np.ndarray]  # by our names: logps (batch, token), or (token,) with or without `sequence`
 PER_SEQUENCE = ("advantages", "rewards")  # may be one number a sequence
 TEXT = 4 << 20  # bytes of JSON lines parsed at a time
+DEEP = 1000  # brackets in a line of JSON
 ROWS = 256  # rows of lists taken at a time from a parquet file
 
 
@@ -258,29 +259,31 @@ class _Rows:
             self.seen += n
 
     def _lists(self, columns: dict[str, Any]) -> Block:
-        lengths = np.array([len(x) for x in columns["logps"]])
-        block: Block = {"sequence": self.seen + np.repeat(np.arange(len(lengths)), lengths)}
+        lengths, own_records = _lengths_of(columns["logps"]), np.arange(self.seen, self.seen + len(columns["logps"]))
+        if (lengths < 0).any():
+            row = self.seen + int((lengths < 0).argmax()) + 1
+            raise InputError(f"logps of record {row} is no list, and that of others is: must be a list in every one")
+        block: Block = {"sequence": np.repeat(own_records, lengths)}
         for name, column in columns.items():
             if name == "sequence":
                 continue
             if not _is_lists(column) and name in PER_SEQUENCE:
-                block[name] = np.repeat(_floats(name, column, self.seen, self.dtype), lengths)
+                block[name] = np.repeat(_floats(name, column, own_records, self.dtype), lengths)
                 continue
-            own = np.array([len(x) if isinstance(x, (list, np.ndarray)) else -1 for x in column])
-            if (own != lengths).any():
+            if ((own := _lengths_of(column)) != lengths).any():
                 row = int((own != lengths).argmax())
                 raise InputError(
                     f"{name} of record {self.seen + row + 1} has {own[row] if own[row] >= 0 else 'no list of'} values, "
                     f"and logps {lengths[row]}: must be as many"
                 )
-            arrays = isinstance(column[0], np.ndarray)
-            flat = np.concatenate(column) if arrays else list(itertools.chain.from_iterable(column))
-            block[name] = _floats(name, flat, self.seen, self.dtype)
+            flat = np.concatenate(column) if isinstance(column[0], np.ndarray) else list(itertools.chain(*column))
+            block[name] = _floats(name, flat, block["sequence"], self.dtype)
         return block
 
     def _numbers(self, columns: dict[str, Any]) -> Block:
+        records = np.arange(self.seen, self.seen + len(columns["logps"]))
         return {
-            name: np.asarray(column) if name == "sequence" else _floats(name, column, self.seen, self.dtype)
+            name: _ids(column, records) if name == "sequence" else _floats(name, column, records, self.dtype)
             for name, column in columns.items()
         }
 
@@ -294,28 +297,30 @@ class Jsonl(_Rows):
         super().__init__()
         self.path = path
         with path.open("rb") as file:
-            first = next((line for line in file if line.strip()), b"")
+            first = next(([numbered] for numbered in enumerate(file, 1) if numbered[1].strip()), None)
         if not first:
             raise InputError(f"{path}: is empty; must hold a JSON object on each line")
-        self.names = list(self._parse([first], 1, last=False)[0])
+        self.names = list(self._parse(first, last=False)[0])
 
-    def _parse(self, lines: list[bytes], start: int, last: bool) -> list[dict[str, Any]]:
+    def _parse(self, numbered: list[tuple[int, bytes]], last: bool) -> list[dict[str, Any]]:
         """Parse lines at once, which is several times as fast as one by one; one by one to find what is wrong."""
         try:
-            found = json.loads(b"[%s]" % b",".join(lines))
-        except ValueError:
+            found = json.loads(b"[%s]" % b",".join(line for _, line in numbered))
+        except (ValueError, RecursionError):
             found = []
-            for i, line in enumerate(lines):
+        if len(found) != len(numbered):  # what is JSON only together, such as a list broken by a line's end, counts not
+            found = []
+            for number, line in numbered:
                 try:
                     found.append(json.loads(line))
-                except ValueError as error:
-                    if last and i == len(lines) - 1:
-                        self.remarks.append(f"line {start + i} is cut short, and left out")
+                except (ValueError, RecursionError) as error:
+                    if last and number == numbered[-1][0]:
+                        self.remarks.append(f"line {number} is cut short, and left out")
                         break
-                    raise InputError(f"{self.path}: line {start + i} is not JSON ({error}); mend it") from None
+                    raise InputError(f"{self.path}: line {number} is not JSON ({error}); mend it") from None
         bad = next((i for i, x in enumerate(found) if not isinstance(x, dict)), None)
         if bad is not None:
-            raise InputError(f"{self.path}: line {start + bad}: must be a JSON object with a field for each value")
+            raise InputError(f"{self.path}: line {numbered[bad][0]}: must be a JSON object with a field for each value")
         return found
 
     def tables(self, names: Sequence[str], size: int) -> Iterator[dict[str, Any]]:
@@ -332,7 +337,7 @@ class Jsonl(_Rows):
     def _by_hand(self, lines: list[bytes], names: Sequence[str], start: int, last: bool) -> dict[str, Any]:
         """Return the columns of lines by the standard library, which also says what is wrong with them."""
         numbered = [(start + i, line) for i, line in enumerate(lines) if line.strip()]
-        records = self._parse([line for _, line in numbered], numbered[0][0], last) if numbered else []
+        records = self._parse(numbered, last) if numbered else []
         try:
             return {name: [record[name] for record in records] for name in names}
         except KeyError as error:
@@ -343,18 +348,37 @@ class Jsonl(_Rows):
 def _by_pyarrow(text: bytes, names: Sequence[str]) -> dict[str, Any] | None:
     """Return the columns of JSON lines in a third of the time; None without pyarrow, and for any that are odd."""
     try:
-        import pyarrow  # type: ignore[import-untyped]
         import pyarrow.json  # type: ignore[import-untyped]
     except ImportError:
         return None
+    lines = text.count(b"\n") + (not text.endswith(b"\n"))
+    if b"null" in text or _is_deep(text, lines):  # pyarrow 26 loses the nulls that a column's lists begin with
+        return None
+    options = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text))  # no line may be longer than a block
     try:
-        table = pyarrow.json.read_json(pyarrow.BufferReader(text), pyarrow.json.ReadOptions(use_threads=False))
-    except pyarrow.ArrowInvalid:
+        table = pyarrow.json.read_json(pyarrow.BufferReader(text), options)
+    except pyarrow.ArrowException:
         return None
-    whole = table.num_rows == text.count(b"\n") + (not text.endswith(b"\n"))  # no line is blank
-    if not whole or not set(names) <= set(table.column_names) or any(table[name].null_count for name in names):
+    if table.num_rows != lines or not set(names) <= set(table.column_names):  # a line is blank, or has no such field
         return None
-    return {name: table[name].to_numpy() for name in names}
+    plain = all(_is_plain(table[name].type, name) and not table[name].null_count for name in names)
+    return {name: table[name].to_numpy() for name in names} if plain else None
+
+
+def _is_deep(text: bytes, lines: int) -> bool:
+    """Whether a line may be nested so deeply that pyarrow's parser would run out of stack, and take Python with it."""
+    most = text.count(b"[") + text.count(b"{") - lines  # every line has one at least
+    return most >= DEEP and max(line.count(b"[") + line.count(b"{") for line in text.split(b"\n")) > DEEP
+
+
+def _is_plain(kind: Any, name: str) -> bool:
+    """Whether a column of pyarrow's means what the lines say: a word that looks like a date is none."""
+    from pyarrow import types  # type: ignore[import-untyped]
+
+    if name == "sequence":  # whole numbers of too many digits would be rounded to one
+        return bool(types.is_integer(kind) or types.is_string(kind))
+    kind = kind.value_type if types.is_list(kind) else kind
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
 
 class Parquet(_Rows):
@@ -388,15 +412,41 @@ def _is_lists(column: Any) -> bool:
     return len(column) > 0 and isinstance(column[0], (list, np.ndarray))
 
 
-def _floats(name: str, values: Any, seen: int, dtype: np.dtype | None) -> np.ndarray:
+def _lengths_of(column: Any) -> np.ndarray:
+    """Return the length of each list, -1 for what is none."""
+    return np.array([len(x) if isinstance(x, (list, np.ndarray)) else -1 for x in column])
+
+
+def _ids(values: Any, records: np.ndarray) -> np.ndarray:
+    """Return what names the sequences as an array."""
+    if isinstance(values, np.ndarray) and values.dtype != object:
+        return values
+    bad = next((i for i, x in enumerate(values) if isinstance(x, (list, dict, np.ndarray))), None)
+    if bad is not None:
+        found = _short(repr(values[bad]))
+        raise InputError(f"sequence of record {records[bad] + 1} is {found}: must be a number or a word")
+    return np.asarray(values)
+
+
+def _floats(name: str, values: Any, records: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     """Return numbers as an array, null as NaN; in float32 unless they have a type of their own, and none is given."""
     own = values.dtype if isinstance(values, np.ndarray) and values.dtype.kind == "f" else np.dtype(np.float32)
     try:
-        return np.array(values, dtype=dtype or own)
-    except (TypeError, ValueError):
-        bad = next((i for i, x in enumerate(values) if not isinstance(x, (int, float, type(None)))), 0)
-        raise InputError(f"{name} of record {seen + bad + 1} is {values[bad]!r}: must be a number") from None
+        found = np.array(values, dtype=dtype or own)
+        if found.ndim == 1 and not (isinstance(values, np.ndarray) and values.dtype.kind in "mM"):
+            return found
+    except (TypeError, ValueError, OverflowError):
+        pass
+    bad = next((i for i, x in enumerate(values) if not _is_number(x)), 0)
+    raise InputError(f"{name} of record {records[bad] + 1} is {_short(repr(values[bad]))}: must be a number")
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120]
+def _is_number(x: Any) -> bool:
+    try:
+        return np.array(x, np.float32).ndim == 0
+    except (TypeError, ValueError, OverflowError):  # the last: a whole number of hundreds of digits
+        return False
+
+
+def _short(said: object) -> str:
+    return " ".join(str(said).split())[:120]

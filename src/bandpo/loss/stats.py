@@ -100,7 +100,7 @@ def count(clip: Clip, tokens: Tokens, c: Tensor) -> ClipStats:
     maxima = torch.zeros(len(MEASURES), bins, dtype=c.dtype, device=c.device)
     for t, mask, c_piece, *side in _pieces(tokens, c, *sides):
         index = _bins(t, mask).flatten()
-        rows = torch.stack(_columns(clip, t, c_piece, *(side or _sides(region, t)))).flatten(1)
+        rows = torch.stack(_columns(clip, t, c_piece, *(side or _sides(region, t)))).reshape(len(FIELDS), index.numel())
         sums += torch.zeros(len(FIELDS), bins, dtype=c.dtype, device=c.device).index_add(1, index, rows)
         reached = rows[-len(MEASURES) :]
         maxima = maxima.scatter_reduce(1, index.expand_as(reached), reached, "amax")

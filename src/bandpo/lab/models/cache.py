@@ -46,10 +46,12 @@ def make_once(name: str, make: Callable[[Path], None]) -> Path:
 @contextmanager
 def _written_whole(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `target` in one step when the block ends without an error."""
-    folder = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
+    outer = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))  # for its owner's eyes alone
+    folder = outer / target.name  # which others may read, where the cache is theirs too
     try:
+        folder.mkdir()
         yield folder
         if not target.is_dir():
             folder.rename(target)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
