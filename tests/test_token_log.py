@@ -242,7 +242,7 @@ def test_what_pyarrow_takes_for_something_else_is_read_as_it_stands(
     text = "".join('{"advantages": 1, ' + odd.replace("%d", str(i // 2 + 1)) + "}\n" for i in range(6))
     (tmp_path / "x.jsonl").write_text(text)
     found = list(open_log(tmp_path / "x.jsonl").parts())
-    monkeypatch.setattr(token_sources, "_by_pyarrow", lambda text, names: None)
+    monkeypatch.setattr(token_sources, "by_pyarrow", lambda text, names: None)
     want = list(open_log(tmp_path / "x.jsonl").parts())
     assert len(found) == len(want)
     for a, b in zip(found, want, strict=True):
@@ -272,7 +272,7 @@ def test_lines_are_the_same_read_by_pyarrow_and_by_the_standard_library(
     (tmp_path / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text() + "\n")  # a blank line is odd
     list(open_log(tmp_path / "x.jsonl").parts())
     assert 0 < len(by_hand) < 1500
-    monkeypatch.setattr(token_sources, "_by_pyarrow", lambda text, names: None)
+    monkeypatch.setattr(token_sources, "by_pyarrow", lambda text, names: None)
     slow = list(open_log(tmp_path / "x.jsonl").parts())
     assert len(fast) == len(slow) > 0
     for a, b in zip(fast, slow, strict=True):

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from bandpo._input import InputError, nearest
+from bandpo.lab.arrow import as_numpy, by_pyarrow
 
 Block = dict[str, np.ndarray]  # by our names: logps (batch, token), or (token,) with or without `sequence`
 PER_SEQUENCE = ("advantages", "rewards")  # may be one number a sequence
 TEXT = 4 << 20  # bytes of JSON lines parsed at a time
-DEEP = 1000  # brackets in a line of JSON
 ROWS = 256  # rows of lists taken at a time from a parquet file
 
 
@@ -328,7 +328,7 @@ class Jsonl(_Rows):
         with self.path.open("rb") as file:
             start = 1
             while text := file.read(TEXT) + file.readline():
-                table = _by_pyarrow(text, names)
+                table = by_pyarrow(text, names)
                 if table is None:
                     table = self._by_hand(text.split(b"\n"), names, start, last=not file.peek(1))
                 yield table
@@ -343,42 +343,6 @@ class Jsonl(_Rows):
         except KeyError as error:
             row = next(i for i, record in enumerate(records) if error.args[0] not in record)
             raise InputError(f"{self.path}: line {numbered[row][0]} has no {error}: every line must have it") from None
-
-
-def _by_pyarrow(text: bytes, names: Sequence[str]) -> dict[str, Any] | None:
-    """Return the columns of JSON lines in a third of the time; None without pyarrow, and for any that are odd."""
-    try:
-        import pyarrow.json  # type: ignore[import-untyped]
-    except ImportError:
-        return None
-    lines = text.count(b"\n") + (not text.endswith(b"\n"))
-    if b"null" in text or _is_deep(text, lines):  # pyarrow 26 loses the nulls that a column's lists begin with
-        return None
-    options = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text))  # no line may be longer than a block
-    try:
-        table = pyarrow.json.read_json(pyarrow.BufferReader(text), options)
-    except pyarrow.ArrowException:
-        return None
-    if table.num_rows != lines or not set(names) <= set(table.column_names):  # a line is blank, or has no such field
-        return None
-    plain = all(_is_plain(table[name].type, name) and not table[name].null_count for name in names)
-    return {name: table[name].to_numpy() for name in names} if plain else None
-
-
-def _is_deep(text: bytes, lines: int) -> bool:
-    """Whether a line may be nested so deeply that pyarrow's parser would run out of stack, and take Python with it."""
-    most = text.count(b"[") + text.count(b"{") - lines  # every line has one at least
-    return most >= DEEP and max(line.count(b"[") + line.count(b"{") for line in text.split(b"\n")) > DEEP
-
-
-def _is_plain(kind: Any, name: str) -> bool:
-    """Whether a column of pyarrow's means what the lines say: a word that looks like a date is none."""
-    from pyarrow import types  # type: ignore[import-untyped]
-
-    if name == "sequence":  # whole numbers of too many digits would be rounded to one
-        return bool(types.is_integer(kind) or types.is_string(kind))
-    kind = kind.value_type if types.is_list(kind) else kind
-    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
 
 class Parquet(_Rows):
@@ -400,7 +364,7 @@ class Parquet(_Rows):
         kinds = [self.file.schema_arrow.field(name).type for name in names]
         lists = any(types.is_list(k) or types.is_large_list(k) or types.is_fixed_size_list(k) for k in kinds)
         for batch in self.file.iter_batches(ROWS if lists else size, columns=list(dict.fromkeys(names))):
-            yield {name: batch.column(name).to_numpy(zero_copy_only=False) for name in names}
+            yield {name: as_numpy(batch.column(name)) for name in names}
 
 
 FORMATS: dict[str, Any] = {
