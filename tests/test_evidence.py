@@ -29,6 +29,7 @@ def raw(name: str) -> dict[str, Any]:
 
 def test_the_tables_are_those_of_the_records() -> None:
     assert FILL["filled"](PAGE) == PAGE, "python docs/fill_evidence.py writes them"
+    assert json.loads((ROOT / "docs/data/measured.json").read_text("utf-8")) == FILL["measured"](), "likewise"
 
 
 @pytest.mark.parametrize("name", STUDIES)

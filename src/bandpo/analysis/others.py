@@ -11,7 +11,7 @@ from torch import Tensor
 from bandpo.clips import CLIPS, get_clip
 from bandpo.clips.base import Clip
 from bandpo.loss.stats import MOST_RATIO
-from bandpo.operator.tokens import Tokens, above
+from bandpo.operator.tokens import Tokens
 
 RARE = 0.1  # tokens of a lower old probability are called rare
 FIELDS = ("zero_grad", "zero_grad_rare", "kept", "opposed")
@@ -35,26 +35,26 @@ class Others:
             per_c: dH for c = 1, of the tokens' shape, or None.
         """
         sign = torch.sign(tokens.advantages)
-        most, live = MOST_RATIO * tokens.advantages.abs(), sign.abs()
-        rare = above(sign, 0.0) * above(-tokens.log_p, -math.log(RARE))
+        most, live = MOST_RATIO * tokens.advantages.abs(), sign != 0
+        rare = (sign > 0) & (tokens.log_p < math.log(RARE))
         n = tokens.log_p.numel() if tokens.mask is None else tokens.mask.sum()
         free = torch.minimum(tokens.weighted.abs(), most).sum()
         self.totals += torch.stack([torch.as_tensor(x).double() for x in (n, rare.sum(), free)])
         self.entropy |= per_c is not None
-        both = torch.stack([live.flatten(), rare.flatten()])
         for name, clip in self.clips.items():
             if lacks := missing(clip, tokens):
                 self.missing[name] = lacks
                 continue
             c = clip.coefficient(tokens)
-            zero, zero_rare = both @ torch.eq(c, 0.0, out=torch.empty_like(c)).flatten()
+            zero = (c == 0) & live
             pushed, opposed = c * sign, c.new_zeros(())
             if clip.opposes:
                 opposed = torch.minimum((-pushed).clamp_(min=0.0), most).sum()
                 pushed = pushed.clamp_(min=0.0)
             kept = torch.minimum(pushed, most).sum()
             dh = c.new_zeros(()) if per_c is None else torch.dot(c.flatten().double(), per_c.flatten().double())
-            self.sums[name] = self.sums[name] + torch.stack([x.double() for x in (zero, zero_rare, kept, opposed, dh)])
+            row = (zero.sum(), (zero & rare).sum(), kept, opposed, dh)
+            self.sums[name] = self.sums[name] + torch.stack([x.double() for x in row])
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each clip, in the registry's order.

@@ -72,10 +72,11 @@ class Bapo(Region):
 
     def limits(self, tokens: Tokens) -> Bounds:
         """Return the interval that this batch gets, for every token."""
-        tried = tokens.log_r.new_tensor(self.intervals())
+        intervals = self.intervals()
+        tried = tokens.log_r.new_tensor(intervals)
         ratio, up, down = tokens.ratio, tokens.advantages.clamp(min=0.0), tokens.advantages.clamp(max=0.0)
-        gain = torch.stack([(ratio.clamp(max=high) * up).sum() for _, high in self.intervals()])
-        loss = torch.stack([(ratio.clamp(min=low) * down).sum().neg() for low, _ in self.intervals()])
+        gain = torch.stack([(ratio.clamp(max=high) * up).sum() for _, high in intervals])
+        loss = torch.stack([(ratio.clamp(min=low) * down).sum().neg() for low, _ in intervals])
         enough = gain * (1 - self.share) >= loss * self.share
         last = torch.arange(len(tried), device=tried.device) == len(tried) - 1
         first = (enough | last).to(torch.int8).argmax()  # of several equal ones the first

@@ -24,7 +24,7 @@ def by_pyarrow(text: bytes, names: Sequence[str]) -> dict[str, Any] | None:
         import pyarrow.json  # type: ignore[import-untyped]
     except ImportError:
         return None
-    lines = _count(text, b"\n") + (not text.endswith(b"\n"))
+    lines = text.count(b"\n") + (not text.endswith(b"\n"))
     if b"null" in text or _is_deep(text, lines):  # pyarrow 26 loses the nulls that a column's lists begin with
         return None
     options = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text))  # no line may be longer than a block
@@ -38,14 +38,9 @@ def by_pyarrow(text: bytes, names: Sequence[str]) -> dict[str, Any] | None:
     return {name: as_numpy(table[name].combine_chunks()) for name in names} if plain else None
 
 
-def _count(text: bytes, letter: bytes) -> int:
-    """How often a letter is there; bytes.count takes ten times as long where it is frequent."""
-    return int(np.count_nonzero(np.frombuffer(text, np.uint8) == letter[0]))
-
-
 def _is_deep(text: bytes, lines: int) -> bool:
     """Whether a line may be nested so deeply that pyarrow's parser would run out of stack, and take Python with it."""
-    most = _count(text, b"[") + _count(text, b"{") - lines  # every line has one at least
+    most = text.count(b"[") + text.count(b"{") - lines  # every line has one at least
     return most >= DEEP and max(line.count(b"[") + line.count(b"{") for line in text.split(b"\n")) > DEEP
 
 

@@ -230,7 +230,7 @@ def _engines(it: About, engines: Mapping[str, Mapping[str, str]] | None) -> str:
 
 def _studies(names: Iterable[str]) -> list[str]:
     links = ", ".join(f"[{name}](../evidence.md#{name})" for name in names)
-    return [f"It was an arm of these studies, written down before they ran: {links}."] if links else []
+    return [f"It was an arm of these studies: {links}."] if links else []
 
 
 def _sources(it: About) -> list[str]:
