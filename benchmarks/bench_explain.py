@@ -29,6 +29,8 @@ BATCH = 64  # sequences of a dumped batch
 TRL = {"old_logps": "old_per_token_logps", "mask": "completion_mask", "rollout_logps": "sampling_per_token_logps"}
 VERL = {"logps": "log_probs", "old_logps": "old_log_probs", "mask": "response_mask"}
 VERL |= {"rollout_logps": "rollout_log_probs", "entropies": "entropys"}
+# compiled once, as at a user's
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"OMP_NUM_THREADS": "1"}
 
 
 def tokens(rows: int) -> dict[str, np.ndarray]:
@@ -99,7 +101,7 @@ def measure(*words: str) -> tuple[float, float, int]:
     """Run Python; return its processor seconds, its peak memory in MB and the tokens that it counted."""
     command = [sys.executable, *words]
     with tempfile.TemporaryFile() as out:
-        child = subprocess.Popen(command, stdout=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        child = subprocess.Popen(command, stdout=out, env=ENVIRONMENT)
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:

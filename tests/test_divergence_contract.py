@@ -8,6 +8,7 @@ import torch
 
 import bandpo
 from bandpo.operator.family import FAMILY
+from bandpo.operator.shape import read_shape
 from bandpo.testing import check_clip, check_divergence
 
 CHI2, JS, KL = (bandpo.get_divergence(name) for name in ("chi2", "js", "kl"))
@@ -36,6 +37,13 @@ def test_an_f_that_is_not_normalised_gives_the_same_bounds(own, name):
     theirs = bandpo.band(log_p, 0.05, name)
     torch.testing.assert_close(ours.low, theirs.low, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(ours.log_high, theirs.log_high, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["tv", "chi2", "neyman", "hellinger", "js"])
+def test_a_shape_that_is_written_down_is_the_one_that_would_be_read(name):
+    written, read = FAMILY[name].shape, read_shape(name, FAMILY[name].f)
+    assert read[:-2] == pytest.approx(written[:-2], rel=1e-3, abs=1e-9)
+    assert read.smooth == written.smooth
 
 
 def swap(divergence, **fields):

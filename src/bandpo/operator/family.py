@@ -139,8 +139,8 @@ def alpha_divergence(a: float, name: str = "", **closed: Any) -> Divergence:
     return Divergence(name, FromPerspective(perspective), perspective, tuple(series), radius, shape=shape, **closed)
 
 
-def _member(name: str, perspective: Callable[[Mass], Tensor], **fields: Any) -> Divergence:
-    return Divergence(name, FromPerspective(perspective), perspective, **fields)
+def _member(name: str, perspective: Callable[[Mass], Tensor], shape: Shape, **fields: Any) -> Divergence:
+    return Divergence(name, FromPerspective(perspective), perspective, shape=shape, **fields)
 
 
 def _by_tail(tail: Callable[[Tensor, Tensor, Tensor], Tensor]) -> functools.partial[tuple[Tensor, Tensor]]:
@@ -153,12 +153,12 @@ FAMILY: dict[str, Divergence] = {
     d.name: d
     for d in (
         alpha_divergence(0, "kl", bounds=_by_tail(kl_tail), narrow=True),  # KL(old || new)
-        _member("tv", _tv, bounds=tv_bounds),
-        _member("chi2", _chi2, bounds=chi2_bounds),  # Pearson
+        _member("tv", _tv, Shape(0.5, 1000.0), bounds=tv_bounds),
+        _member("chi2", _chi2, Shape(1.0, 2.0, growth=2.0, reach=340.0), bounds=chi2_bounds),  # Pearson
         alpha_divergence(1, "reverse_kl"),  # KL(new || old)
-        _member("neyman", _neyman, bounds=_by_tail(neyman_tail), narrow=True),
-        _member("hellinger", _hellinger, bounds=_by_tail(hellinger_tail)),  # squared, in [0, 2]
-        _member("js", _js, series=_JS_SERIES),  # twice Jensen-Shannon
+        _member("neyman", _neyman, Shape(math.inf, 2.0, reach=340.0), bounds=_by_tail(neyman_tail), narrow=True),
+        _member("hellinger", _hellinger, Shape(1.0, 0.5, 0.5), bounds=_by_tail(hellinger_tail)),  # squared, in [0, 2]
+        _member("js", _js, Shape(math.log(2), 0.5), series=_JS_SERIES),  # twice Jensen-Shannon
     )
 }
 
