@@ -64,7 +64,7 @@ versions:
 packages:
 	TORCH="$(TORCH)" $(PYTHON) tests/versions/packages.py
 
-# Half an hour; every table and file in benchmarks/results but verl's, the audit's and a GPU's.
+# An hour; every table and file in benchmarks/results but verl's, the audit's and a GPU's.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_core.py
 	$(BIN)/python benchmarks/accuracy.py
@@ -72,6 +72,9 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_trl_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_torchrl_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_monitor.py
+	$(BIN)/python benchmarks/bench_explain.py
+	$(BIN)/python benchmarks/scale.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 # On a machine with a GPU, PyTorch and Triton, without network or virtual environment; says what it had to leave out.
 gpu:

@@ -20,7 +20,7 @@ import torch
 import transformers
 import trl
 from bench_trl_step import PROMPTS, SIZES, Baton
-from common import write
+from common import ratios, write
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl_support import digits, make_tokenizer
@@ -77,11 +77,11 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     row |= {"transformers": transformers.__version__, "width": size[0], "layers": size[1], "tokens": size[3]}
     row |= {"completions": size[2] * size[4], "updates": size[4], "rounds": len(times["trl"])}
     for i, clock in enumerate(("processor", "wall")):
-        row[f"{clock}_trl_seconds"] = statistics.median(x[i] for x in times["trl"])
+        own = [x[i] for x in times["trl"]]
+        row[f"{clock}_trl_seconds"] = statistics.median(own)
         for arm in arms[1:]:
-            ratios = [b[i] / a[i] for a, b in zip(times["trl"], times[arm], strict=True)]
-            quartiles = zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(ratios, n=4), strict=True)
-            row |= {f"{arm}: {clock}_ratio_{place}": value for place, value in quartiles}
+            found = ratios(own, [x[i] for x in times[arm]])
+            row |= {f"{arm}: {clock}_ratio_{place}": value for place, value in found.items()}
     return row
 
 

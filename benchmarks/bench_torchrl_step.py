@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torchrl
-from common import write
+from common import ratios, write
 from torchrl.objectives import ClipPPOLoss
 
 from bandpo.engines.torchrl import BandClipPPOLoss
@@ -47,10 +47,9 @@ def in_turn(sides: dict[str, Callable[[], object]], rounds: int, warm: int) -> d
 def row(what: str, clip: str, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     out: dict[str, Any] = {"what": what, "clip": clip, "torchrl": torchrl.__version__, "rounds": len(times["own"])}
     for i, clock in enumerate(("processor", "wall")):
-        pairs = [ours[i] / own[i] for own, ours in zip(times["own"], times[clip], strict=True)]
-        out[f"{clock}_torchrl_seconds"] = statistics.median(own[i] for own in times["own"])
-        for name, value in zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(pairs, n=4), strict=True):
-            out[f"{clock}_ratio_{name}"] = value
+        own, ours = ([x[i] for x in times[side]] for side in ("own", clip))
+        out[f"{clock}_torchrl_seconds"] = statistics.median(own)
+        out |= {f"{clock}_ratio_{name}": value for name, value in ratios(own, ours).items()}
     return out
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 import trl
-from common import write
+from common import ratios, write
 from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -110,12 +110,9 @@ def measure(name: str, rounds: int, device: str, bf16: bool) -> dict[str, Any]:
     row |= {"trl": trl.__version__, "transformers": transformers.__version__, "width": size[0], "layers": size[1]}
     row |= {"completions": size[2] * size[4], "tokens": size[3], "updates": size[4], "rounds": len(own)}
     for i, clock in enumerate(("processor", "wall")):
-        quarter = statistics.quantiles([b[i] / a[i] for a, b in zip(own, band, strict=True)], n=4)
-        row[f"{clock}_trl_seconds"] = statistics.median(a[i] for a in own)
-        row |= {
-            f"{clock}_ratio_{q}": value
-            for q, value in zip(("quartile_1", "median", "quartile_3"), quarter, strict=True)
-        }
+        seconds = [x[i] for x in own]
+        row[f"{clock}_trl_seconds"] = statistics.median(seconds)
+        row |= {f"{clock}_ratio_{name}": value for name, value in ratios(seconds, [x[i] for x in band]).items()}
     return row
 
 

@@ -26,7 +26,7 @@ warnings.simplefilter("ignore")
 import hydra  # noqa: E402
 import torch  # noqa: E402
 import verl.trainer  # noqa: E402
-from common import write  # noqa: E402
+from common import ratios, write  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
@@ -139,11 +139,11 @@ def measure(name: str, rounds: int, arms: dict[str, list[str]]) -> dict[str, Any
     row |= dict(zip(("width", "layers", "vocabulary", "responses", "prompt", "tokens"), size, strict=True))
     row |= {"updates": UPDATES, "rounds": rounds}
     for i, clock in enumerate(("processor", "wall")):
-        row[f"{clock}_verl_seconds"] = statistics.median(own[i] for own in times["verl"])
+        own = [x[i] for x in times["verl"]]
+        row[f"{clock}_verl_seconds"] = statistics.median(own)
         for key in [key for key in arms if key != "verl"]:
-            ratios = [ours[i] / own[i] for own, ours in zip(times["verl"], times[key], strict=True)]
-            quartiles = zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(ratios, n=4), strict=True)
-            row |= {f"{key}: {clock}_ratio_{place}": value for place, value in quartiles}
+            found = ratios(own, [x[i] for x in times[key]])
+            row |= {f"{key}: {clock}_ratio_{place}": value for place, value in found.items()}
     return row
 
 

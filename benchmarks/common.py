@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ def paired(sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 3)
             if i >= warmup:
                 best[name] = min(best[name], time.perf_counter() - start)
     return best
+
+
+def ratios(own: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Return quartiles of the paired ratios others / own, and the median's 95 % interval by order statistics."""
+    found = sorted(b / a for a, b in zip(own, others, strict=True))
+    n = len(found)
+    low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))  # the binomial distribution, as the normal one
+    places = dict(zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(found, n=4), strict=True))
+    return places | {"median_low": found[low], "median_high": found[n - 1 - low]}
 
 
 def machine() -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Archer(Region):
     Raises:
         InputError: a value out of its range; later, tokens without entropies.
 
-    Source: arXiv 2507.15778 (number not confirmed); values of the authors' scripts, where a variable named for the high
+    Source: arXiv 2507.15778; values of the authors' scripts, where a variable named for the high
     entropies holds the low ones. Its other KL weights by class are no part of the clip and are left out.
     """
 

@@ -39,7 +39,7 @@ class Composed(Region):
 class Sides(Composed):
     """One region per side: `high` bounds the rise of a token's probability, `low` its fall.
 
-    The defaults give a token room to rise, and none to fall: Band (kl, 0.05) above, PPO's 0.2 below. In a recipe each
+    The defaults give a token more room to rise than to fall: Band (kl, 0.05) above, PPO's 0.2 below. In a recipe each
     side is a name or a mapping: ``{high: {clip: band, delta: 0.05}, low: {clip: fixed, eps_low: 0.2}}``.
 
     Args:

@@ -88,13 +88,15 @@ def short(x: float) -> str:
     """Return a number in three digits, as a card prints it.
 
     Args:
-        x: the number; NaN for what cannot be.
+        x: the number; NaN for what cannot be, infinite from 1e9 on, which is what rounding leaves of a pole.
 
     Returns:
         Text.
     """
     if math.isnan(x):
         return "–"
+    if abs(x) >= 1e9:
+        return "∞" if x > 0 else "-∞"
     if x == 0 or abs(x) < 1e-4:
         return "0" if x == 0 else f"{x:.2g}".replace("e-0", "e-")
     return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"

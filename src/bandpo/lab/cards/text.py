@@ -20,7 +20,7 @@ MADE = "<!-- Written by `python -m bandpo.lab.cards docs` from the registry and 
 LOOKS_AT = {
     "token": "the token alone",
     "sequence": "the token's whole sequence",
-    "batch": "the whole batch given, in a host a micro-batch",
+    "batch": "the whole batch that it is given, in a trainer a micro-batch",
 }
 NEEDS = {
     "entropies": "`entropies` of the old policy, in nats",
@@ -76,7 +76,7 @@ def page(
         *_kept(found),
         *_section("When it does nothing", it.said("idle")),
         *_arguments(it),
-        *_bullets("Published values", (*it.said("published"), *_presets(it))),
+        *_bullets("Published values", (*map(_linked, it.said("published")), *_presets(it))),
         *_recipe(it),
         *_bullets("Paper, README and code disagree", it.said("disagree")),
         *_section("Measured here", _studies(studies)),
@@ -121,10 +121,17 @@ def _properties(it: About) -> list[tuple[str, str]]:
 
 
 def _formula(it: About) -> str:
-    rule = "c = r A,  or 0 outside and outward (A > 0 and above, or A < 0 and below)\n"
+    rule = "c = r A,  or 0 outside and outward (A > 0 and above, or A < 0 and below)"
     hard = isinstance(it.clip, Region) and it.name != "none"
-    lines = (rule if hard else "") + it.formula
-    return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in lines.splitlines())
+    return "\n".join([*([rule] if hard else []), *_clauses(it.formula)])
+
+
+def _clauses(formula: str) -> Iterable[str]:
+    """The formula in one line where that is short, else a line for each clause, which two spaces or a break end."""
+    clauses = [" ".join(clause.split()) for clause in re.split(r"(?<=[,;])(?:  |\n)", formula)]
+    if len("  ".join(clauses)) <= 80:
+        return ["  ".join(clauses)]
+    return [f"    {clause}" if clause.startswith(("or ", "0 ")) else clause for clause in clauses]
 
 
 def _assumed(found: list[Numbers]) -> str:
@@ -136,7 +143,9 @@ def _assumed(found: list[Numbers]) -> str:
 
 def _kept(found: list[Numbers]) -> list[str]:
     """Tables of c / A: one for each slice and sign, or one of all where p does not matter."""
-    columns = (*(f"c / A at r = {r:g}" for r in MOVED), "no gradient outward past")
+    opposes = any(fact.against for one in found for fact in one.facts)
+    end = "no gradient with A past" if opposes else "no gradient outward past"
+    columns = (*(f"c / A at r = {r:g}" for r in MOVED), end)
     flat, parts = [], []
     for one in found:
         for sign, kept, far in zip(("A > 0", "A < 0"), one.kept, one.reach, strict=True):
@@ -146,7 +155,9 @@ def _kept(found: list[Numbers]) -> list[str]:
                 continue
             rows = [(f"{p:g}", *map(short, row), _edge(edge, p)) for p, row, edge in zip(RARE, kept, far, strict=True)]
             parts.append(_table((f"{what}: p", *columns), rows))
-    return [*([_table(("at any p", *columns), flat)] if flat else []), *parts]
+    tables = [*([_table(("at any p", *columns), flat)] if flat else []), *parts]
+    never = any(edge is None for one in found for far in one.reach for edge in (far[:1] if one.flat else far))
+    return [*tables, *(["*Never*: not before q = 1, nor down to r = .0001."] if never else [])]
 
 
 def _edge(r: float | None, p: float | None) -> str:
@@ -158,7 +169,7 @@ def _edge(r: float | None, p: float | None) -> str:
 def _arguments(it: About) -> list[str]:
     if not it.arguments:
         return []
-    rows = [(f"**{a.name}**", f"`{_flow(a.default)}`", a.text, a.source) for a in it.arguments]
+    rows = [(f"**{a.name}**", f"`{_flow(a.default)}`", a.text, _linked(a.source) or "–") for a in it.arguments]
     return ["## Arguments", _table(("argument", "default", "what it is", "the default is from"), rows)]
 
 
@@ -235,8 +246,13 @@ def _studies(names: Iterable[str]) -> list[str]:
 
 def _sources(it: About) -> list[str]:
     links = [f"[{what}]({where})" for what, where in it.facts.get("links", ())]
-    said = [it.source] if it.source else []
+    said = [_linked(re.sub("^(an|ours) ?", lambda word: word[0].capitalize(), it.source))] if it.source else []
     return _section("Sources", [*said, *([", ".join(links) + "."] if links else [])])
+
+
+def _linked(text: str) -> str:
+    """With a link to each paper that goes by its arXiv number alone."""
+    return re.sub(r"(?<![/\d.])((?:arXiv )?(\d{4}\.\d{5}))(?![\d\]])", r"[\1](https://arxiv.org/abs/\2)", text)
 
 
 def _unlinked(text: str) -> str:
