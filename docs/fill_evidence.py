@@ -26,6 +26,7 @@ THEMES = {"": LIGHT, "-dark": DARK}
 DRAWN = tuple(
     name for name in ("control", "shape", "explore", "entropy", "entropy-again", "field") if (RESULTS / name).is_dir()
 )
+MOST_LINES = 8  # arms; with more their curves cannot be told apart
 CURVES = {"reward": "training reward", "entropy": "entropy, nats"}
 
 
@@ -55,7 +56,7 @@ def secondary(name: str, found: dict[str, Any]) -> list[str]:
         for outcome in list(found["outcomes"])[1:]:
             a, b = (values_of(runs, study, one[arm], one["setting"], outcome) for arm in ("arm", "against"))
             d = paired(list(a.values()), [b[seed] for seed in a], level=study.level)
-            what = f"| `{one['arm']}` less `{one['against']}` | {found['outcomes'][outcome]['title']} | {len(a)} |"
+            what = f"| `{one['arm']}` − `{one['against']}` | {found['outcomes'][outcome]['title']} | {len(a)} |"
             lines.append(f"{what} {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] |")
     head = [
         "Secondary, seed by seed, not adjusted:",
@@ -91,7 +92,7 @@ def tables(name: str) -> str:
 
 
 def _contrast(one: dict[str, Any], found: dict[str, Any]) -> str:
-    what = f"| `{one['arm']}` less `{one['against']}` | {found['outcomes'][one['outcome']]['title']} | {one['n']} |"
+    what = f"| `{one['arm']}` − `{one['against']}` | {found['outcomes'][one['outcome']]['title']} | {one['n']} |"
     if one["mean"] is None or one["p"] is None:
         return f"{what} – | – | – |"
     same = one.get("equivalence")
@@ -106,18 +107,39 @@ def _cell(x: dict[str, Any]) -> str:
 
 
 def draw(name: str, theme: Theme, path: Path) -> None:
-    """Training reward and entropy over rollouts, mean and interval over seeds."""
+    """A study's picture: means and intervals over seeds."""
     found = figures(name)
     (setting, *_) = found["settings"].values()
     with rc_context(theme.rc):
-        picture = Figure(figsize=(9, 3.4), layout="constrained")
-        for ax, curve in zip(picture.subplots(1, 2), CURVES, strict=True):
-            for i, (arm, line) in enumerate(setting["curves"][curve].items()):
-                ax.plot(line["at"], line["value"], color=f"C{i}", label=arm, lw=1.4)
-                ax.fill_between(line["at"], line["low"], line["high"], color=f"C{i}", alpha=0.15, lw=0)
-            ax.set(xlabel="rollout", title=CURVES[curve])
-        ax.legend(fontsize=7, frameon=False)
+        picture = _dots(found, setting) if len(setting["arms"]) > MOST_LINES else _lines(setting)
         save(picture, path, theme)
+
+
+def _lines(setting: dict[str, Any]) -> Figure:
+    """Training reward and entropy over rollouts."""
+    picture = Figure(figsize=(9, 3.4), layout="constrained")
+    for ax, curve in zip(picture.subplots(1, 2), CURVES, strict=True):
+        for i, (arm, line) in enumerate(setting["curves"][curve].items()):
+            ax.plot(line["at"], line["value"], color=f"C{i}", label=arm, lw=1.4)
+            ax.fill_between(line["at"], line["low"], line["high"], color=f"C{i}", alpha=0.15, lw=0)
+        ax.set(xlabel="rollout", title=CURVES[curve])
+    ax.legend(fontsize=7, frameon=False)
+    return picture
+
+
+def _dots(found: dict[str, Any], setting: dict[str, Any]) -> Figure:
+    """The first four outcomes, a row for each arm, in the order of the first."""
+    arms, outcomes = setting["arms"], list(found["outcomes"])[:4]
+    order = sorted(arms, key=lambda arm: arms[arm]["outcomes"][outcomes[0]]["estimate"])
+    picture = Figure(figsize=(9, 0.8 + 0.26 * len(order)), layout="constrained")
+    for ax, outcome in zip(picture.subplots(1, len(outcomes), sharey=True), outcomes, strict=True):
+        for i, arm in enumerate(order):
+            x = arms[arm]["outcomes"][outcome]
+            ax.plot([x["low"], x["high"]], [i, i], color="C0", lw=2, alpha=0.5)
+            ax.plot(x["estimate"], i, "o", color="C0", ms=5)
+        ax.set_title(found["outcomes"][outcome]["title"], fontsize=9)
+        ax.set_yticks(range(len(order)), order)
+    return picture
 
 
 def filled(page: str) -> str:

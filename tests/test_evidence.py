@@ -66,6 +66,6 @@ def test_contrasts_are_paired_t_tests(name: str) -> None:
         arm, against = one.values() if isinstance(one, dict) else one
         x = np.array([by[arm, s] - by[against, s] for s in seeds])
         low, high = stats.t.interval(study.get("level", 0.95), len(x) - 1, x.mean(), stats.sem(x))
-        row = re.search(rf"^\| `{arm}` less `{against}` \|.*\| (\S+) \[(\S+), (\S+)\] \|.*$", block, flags=re.MULTILINE)
+        row = re.search(rf"^\| `{arm}` − `{against}` \|.*\| (\S+) \[(\S+), (\S+)\] \|.*$", block, flags=re.MULTILINE)
         assert row, (arm, against)
         assert [float(g) for g in row.groups()] == pytest.approx([x.mean(), low, high], abs=6e-5)

@@ -258,7 +258,7 @@ def _table(result: dict[str, Any], out: Path | None) -> str:
         cells = (_cell(model["measures"][measure]) for model in models)
         lines.append(f"{measure:10}" + "".join(f"{cell:>28}" for cell in cells))
     if result["differences"]:
-        lines += ["", "less A, paired by prompt, with p adjusted by Holm", ""]
+        lines += ["", "minus A, paired by prompt, with p adjusted by Holm", ""]
         lines.append(f"{'':10}" + "".join(f"{name:>38}" for name in names[1:]))
         for measure in models[0]["measures"]:
             pairs = (d["measures"][measure] for d in result["differences"])

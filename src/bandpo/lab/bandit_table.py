@@ -66,12 +66,12 @@ def _columns(reference: str, *, noise: bool) -> dict[str, Callable[[Mapping[str,
     if not noise:
         found |= {
             "found": _found,
-            f"found, less {reference}": lambda arm: cell(arm["less_reference"].get("found"), "+.3f"),
+            f"found, minus {reference}": lambda arm: cell(arm["less_reference"].get("found"), "+.3f"),
             "median rollouts": _median,
         }
     found["entropy at the end"] = lambda arm: cell(arm["entropy_end"])
     if noise:
-        found[f"entropy, less {reference}"] = lambda arm: cell(arm["less_reference"].get("entropy_end"), "+.3f")
+        found[f"entropy, minus {reference}"] = lambda arm: cell(arm["less_reference"].get("entropy_end"), "+.3f")
     found["tail at the end"] = lambda arm: cell(arm["tail_end"])
     if noise:
         found |= {
@@ -109,7 +109,7 @@ def contrasts_table(setting: Mapping[str, Any]) -> Table | None:
     if not rows:
         return None
     shown = {key: name for key, name in names.items() if key in rows[0]}
-    cells = [(f"{row['arm']} less {row['against']}", [cell(row[key], "+.3f") for key in shown]) for row in rows]
+    cells = [(f"{row['arm']} − {row['against']}", [cell(row[key], "+.3f") for key in shown]) for row in rows]
     return Table(list(shown.values()), cells)
 
 
@@ -212,7 +212,7 @@ def _drift_lines(drift: list[dict[str, Any]]) -> list[str]:
     held = sum(agrees(row) for row in rows_with_sum)
     return [
         "",
-        "entropy drift by unit of TV moved: of fresh samples (the sum; a simulation), of its own samples less 'none'",
+        "entropy drift by unit of TV moved: of fresh samples (the sum; a simulation), of its own samples minus 'none'",
         *_lines(table, widest=44),
         f"the simulated intervals, together at 95 %, hold the sum in {held} of {len(rows_with_sum)} clips",
     ]

@@ -138,7 +138,7 @@ def _forests(
     made = []
     for o in study.outcomes:
         svg = figures.forest(s["differences"][o], looks, f"{name}: {o}", study.margin.get(o))
-        made.append((f"{result['outcomes'][o]['title']}, less {s['reference']}", svg, _forest_text(study, o)))
+        made.append((f"{result['outcomes'][o]['title']}, minus {s['reference']}", svg, _forest_text(study, o)))
     return made
 
 
@@ -199,7 +199,7 @@ def _equivalent(found: Mapping[str, Any] | None) -> str:
 def _contrast_row(result: Mapping[str, Any], c: Mapping[str, Any], several: bool) -> dict[str, Any]:
     where = f", {c['setting']}" if several else ""
     return {
-        **_difference_row(f"{c['arm']} less {c['against']}", c),
+        **_difference_row(f"{c['arm']} − {c['against']}", c),
         "what": f"{result['outcomes'].get(c['outcome'], {}).get('title', c['outcome'])}{where}",
     }
 
