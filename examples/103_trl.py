@@ -3,7 +3,7 @@
 #
 # Two names change in a GRPO script of TRL's: `GRPOConfig` becomes `BandGRPOConfig`, `GRPOTrainer` becomes
 # `BandGRPOTrainer`. Everything else stays TRL's. The model of this lesson ships with bandpo (about 100,000 parameters,
-# it adds numbers) and the reward is a taste of ours for even digits, so it needs no network and no GPU, and takes ten
+# it adds numbers) and the reward is the share of even digits, so it needs no network and no GPU, and takes ten
 # seconds. It needs the extra `trl`.
 
 # %%
@@ -47,7 +47,7 @@ config = BandGRPOConfig(
     seed=0,
     use_cpu=True,
     bf16=False,
-    activation_checkpointing=False,
+    activation_checkpointing=False,  # with an older transformers: gradient_checkpointing
     report_to="none",
     save_strategy="no",
     disable_tqdm=True,

@@ -5,7 +5,7 @@
 # and prints the command that trains. It needs verl (`make test-verl` makes an environment that has it), and takes half
 # a minute.
 #
-# In a launch script of your own three words put the clip in:
+# In a launch script of your own three overrides put the clip in:
 #
 # ```text
 # actor_rollout_ref.actor.policy_loss._target_=bandpo.engines.verl.BandLossConfig

@@ -57,7 +57,7 @@ for name in last:
 # %% [markdown]
 # ## 4. What would another clip have done?
 #
-# The run keeps tokens of its last rollout. `bandpo explain FOLDER` asks each clip of the registry about them.
+# The run keeps a sample of its tokens. `bandpo explain FOLDER` asks each clip of the registry about them.
 
 # %%
 main(["explain", str(folder)])

@@ -118,6 +118,54 @@ def test_the_gap_to_the_rollout_engine_equals_numpy() -> None:
     assert gap["sequence_effective_sample_size"] == pytest.approx(want)
 
 
+def test_the_gap_of_long_sequences_is_that_of_their_logarithms() -> None:
+    torch.manual_seed(0)
+    for gap in (-3.0, 3.0):  # products of e^1200, and of e^-1200
+        old = torch.full((40, 400), -4.0) + 0.02 * torch.randn(40, 400)
+        rollout = old - gap * torch.ones(400) + 0.05 * torch.randn(40, 1)
+        explainer = Explainer()
+        for i in (0, 10, 30):
+            some = slice(i, {0: 10, 10: 30, 30: 40}[i])
+            explainer.update(old[some], old[some], torch.ones(40)[some], rollout_logps=rollout[some])
+        log_w = (old.double() - rollout.double()).sum(1).numpy()
+        w = np.exp(log_w - log_w.max())
+        found = explainer.compute().rollout
+        assert found is not None
+        assert found["sequence_effective_sample_size"] == pytest.approx(w.sum() ** 2 / (40 * (w * w).sum()))
+        assert found["largest_log_ratio"] == pytest.approx(float((old - rollout).abs().max()))
+
+
+def test_shares_of_the_advantages_signs_are_counted() -> None:
+    for n in range(1, 60):
+        made = Explainer(others=False)
+        made.update(torch.full((60,), -1.0), torch.full((60,), -1.5), torch.where(torch.arange(60) < n, 1.0, -1.0))
+        counts = made.compute().counts
+        assert counts["zero"] == 0 and counts["positive"] == n / 60
+
+
+def test_what_only_the_logits_or_the_sign_of_an_entropy_tells_is_left_out() -> None:
+    logits = torch.randn(4, 6, 5)
+    logits[1, 2, 3], logits[2, 0, 1], logits[3, 3, 0] = math.nan, math.inf, -math.inf
+    logps = torch.full((4, 6), -1.0)
+    found = bandpo.explain(logps, logps - 0.5, torch.ones(4), logits=logits)
+    assert "logits is NaN or infinite for 2 tokens, the first at sequence 1, token 2; left out" in found.remarks
+    assert found.counts["tokens"] == 22 and found.entropy is not None
+    assert math.isfinite(found.entropy["logit_step"]["clip"])
+    entropies = torch.ones(4, 6)
+    entropies[1, 1] = -1.0
+    found = bandpo.explain(logps, logps - 0.5, torch.ones(4) * torch.tensor([1, 1, 1, 1e35]), entropies=entropies)
+    assert "entropies is below 0 for 1 token, the first at sequence 1, token 1; left out" in found.remarks
+    assert "advantages is beyond 1e30 for 6 tokens, the first at sequence 3, token 0; left out" in found.remarks
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_ratios_that_round_to_zero_are_no_idle_clip() -> None:
+    for clip in ("dro", "vespo"):
+        found = bandpo.explain(torch.full((4, 6), -200.0), torch.full((4, 6), -1.0), torch.ones(4), clip=clip)
+        assert not found.idle["idle"] and found.effect[0]["gradient_kept"] is None
+        assert str(found)
+
+
 def test_every_other_clip_equals_its_formula() -> None:
     t = tokens()
     rows = {row["clip"]: row for row in bandpo.explain(**t).clips}  # type: ignore[arg-type]

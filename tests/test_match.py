@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from truth.bounds import NAMES
@@ -176,3 +177,11 @@ def test_the_command_matches_on_tokens_what_explain_says(capsys):
 def test_what_the_command_refuses(capsys, words, says):
     code, out, err = run(capsys, *words)
     assert code == 2 and says in err and err.count("\n") == 1 and out == ""
+
+
+def test_what_the_tokens_hold_that_cannot_be_is_said(capsys, tmp_path):
+    x = np.full((4, 30), -1.0, np.float32)
+    x[2, 3] = np.nan
+    np.savez(tmp_path / "x.npz", logps=x, old_logps=x - 0.3, advantages=np.ones(4))
+    assert cli.main(["match", "--eps", "0.2", "--tokens", str(tmp_path / "x.npz")]) == 0
+    assert "logps is NaN or infinite for 1 token, the first at sequence 2, token 3" in capsys.readouterr().out

@@ -68,6 +68,17 @@ def test_no_token_is_no_number() -> None:
     same(monitor.compute(), bandpo.clip_stats(**batch(0)).metrics())
 
 
+def test_a_batch_of_no_size_is_none_and_a_metric_misspelt_is_named() -> None:
+    monitor = bandpo.Monitor()
+    for shape in ((0, 5), (3, 0), (0,)):
+        monitor.update(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape))
+    assert monitor.compute() == {}
+    monitor.update(**batch(0))
+    assert list(monitor.compute(only="zero_grad")) == ["clip/zero_grad"]
+    with pytest.raises(ValueError, match="is no metric .did you mean 'zero_grad'"):
+        monitor.compute(only=["zero_grads"])
+
+
 def test_monitors_merge() -> None:
     one, other, neither = (bandpo.Monitor() for _ in range(3))
     one.update(**batch(0))

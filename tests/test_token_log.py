@@ -242,7 +242,7 @@ def test_what_pyarrow_takes_for_something_else_is_read_as_it_stands(
     text = "".join('{"advantages": 1, ' + odd.replace("%d", str(i // 2 + 1)) + "}\n" for i in range(6))
     (tmp_path / "x.jsonl").write_text(text)
     found = list(open_log(tmp_path / "x.jsonl").parts())
-    monkeypatch.setattr(token_sources, "by_pyarrow", lambda text, names: None)
+    monkeypatch.setattr(token_sources, "by_pyarrow", lambda *_: None)
     want = list(open_log(tmp_path / "x.jsonl").parts())
     assert len(found) == len(want)
     for a, b in zip(found, want, strict=True):
@@ -272,7 +272,7 @@ def test_lines_are_the_same_read_by_pyarrow_and_by_the_standard_library(
     (tmp_path / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text() + "\n")  # a blank line is odd
     list(open_log(tmp_path / "x.jsonl").parts())
     assert 0 < len(by_hand) < 1500
-    monkeypatch.setattr(token_sources, "by_pyarrow", lambda text, names: None)
+    monkeypatch.setattr(token_sources, "by_pyarrow", lambda *_: None)
     slow = list(open_log(tmp_path / "x.jsonl").parts())
     assert len(fast) == len(slow) > 0
     for a, b in zip(fast, slow, strict=True):
@@ -307,6 +307,12 @@ def table(**columns: Any) -> bytes:
     return out.getvalue()
 
 
+def damaged(data: bytes) -> bytes:
+    """One bit of the first array's values is another; headers are whole."""
+    place = data.index(b"\n", data.index(b"NUMPY")) + 3
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
 V = np.full(5, -1.0, np.float32)
 M = np.full((5, 3), -1.0, np.float32)
 TWO = np.array([2, 2])
@@ -339,8 +345,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "a pickle": ("x.pt", pickle.dumps(Trap()), "holds objects other than tensors"),
     "batches that differ": (
         "x.pt",
-        pt([{"logps": N, "old_logps": N, "advantages": N, "mask": N}, {"logps": N, "old_logps": N, "advantages": N}]),
-        "mask is in the first batch, and not in every one",
+        pt([{"logps": N, "old_logps": N, "advantages": N, "mask": -N}, {"logps": N, "old_logps": N, "advantages": N}]),
+        "mask is in other batches, and not in batch 2",
     ),
     "empty lines": ("x.jsonl", b"\n\n", "is empty; must hold a JSON object"),
     "no json": ("x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\nhello\n{}\n', "line 2 is not JSON"),
@@ -405,6 +411,23 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "old_logps of record 2 has 2 values",
     ),
     "no tokens": ("x.npz", npz(logps=V[:0], old_logps=V[:0], advantages=V[:0]), "no token to look at"),
+    "lengths are one number": ("x.npz", npz(**GOOD, lengths=np.array(5)), r"lengths has shape \(\): must be"),
+    "lengths are no whole numbers": ("x.npz", npz(**GOOD, lengths=TWO + 0.5), "lengths of sequence 0 is 2.5: must be"),
+    "lengths beyond the padding": ("x.npz", npz(logps=M, old_logps=M, advantages=V, lengths=9 * V.astype(int) ** 2),
+        "lengths of sequence 0 is 9: must be at most 3"),
+    "mask of NaN": ("x.npz", npz(**GOOD, mask=V * np.nan), "5 values other than 0 and 1, the first, nan, at"),
+    "mask with null": ("x.jsonl", b'{"logps": [-1, -1], "old_logps": [-1, -1], "advantages": 1, "mask": [1, null]}',
+        "mask holds 1 values other than 0 and 1"),
+    "no vocabulary": ("x.npz", npz(logps=M, old_logps=M, advantages=V, logits=np.zeros((5, 3, 0))), "logits has shape"),
+    "a field that begins later": ("x.pt", pt([{"logps": N, "old_logps": N, "advantages": N},
+        {"logps": N, "old_logps": N, "advantages": N, "mask": N + 2}]), "mask is in other batches, and not in batch 1"),
+    "a field that begins in a later line": ("x.jsonl", b'{"logps": [-1], "old_logps": [-1], "advantages": 1}\n'
+        b'{"logps": [-1], "old_logps": [-1], "advantages": 1, "mask": [0]}', "mask is in some lines, and not in"),
+    "complex": ("x.pt", pt({"logps": N.cfloat(), "old_logps": N, "advantages": N}), "must be of plain real numbers"),
+    "sparse": ("x.pt", pt({"logps": N.to_sparse(), "old_logps": N, "advantages": N}), "must be of plain real numbers"),
+    "optional field of NaN": ("x.npz", npz(**GOOD, rewards=V * np.nan), "or leave rewards out"),
+    "a damaged array": ("x.npz", damaged(npz(**GOOD)), "cannot be read as .npz \\(BadZipFile"),
+    "lines without a token": ("x.jsonl", b'{"logps": [], "old_logps": [], "advantages": 1}', "no token to look at"),
     "mask of zeros": ("x.npz", npz(**GOOD, mask=np.zeros(5)), "mask is 0 everywhere"),
     "logits": ("x.npz", npz(**GOOD | {"logps": np.array([3, -1, 2, 0.5, -7.0])}), "these look like logits"),
 }  # fmt: skip
@@ -420,6 +443,51 @@ def test_what_is_no_log_is_said_in_one_line(what: str, tmp_path: Path, capsys: p
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and re.search(says, err), err
     assert str(tmp_path / name) in err
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", "longdouble"])
+def test_numbers_of_another_byte_order_or_width_are_the_same(kind: str, tmp_path: Path) -> None:
+    x = {"logps": M - np.arange(3), "old_logps": M, "advantages": np.arange(5.0)}
+    np.savez(tmp_path / "x.npz", **{name: np.asarray(v, kind) for name, v in x.items()})
+    (part,) = open_log(tmp_path / "x.npz").parts()
+    assert all(np.array_equal(part[name].numpy(), v) for name, v in x.items())
+
+
+def test_lists_of_padded_lines_end_where_their_lengths_say(tmp_path: Path) -> None:
+    rows = [{"logps": [-1.0] * 5, "old_logps": [-1.0] * 5, "advantages": 1, "lengths": n} for n in (3, 5, 0, 1)]
+    lines(tmp_path / "x.jsonl", rows)
+    mask = torch.cat([part["mask"] for part in open_log(tmp_path / "x.jsonl").parts()])
+    assert mask.sum(1).tolist() == [3, 5, 0, 1] and mask[0].tolist() == [True] * 3 + [False] * 2
+
+
+def test_sequences_whose_tokens_are_apart_are_noticed(tmp_path: Path) -> None:
+    rows = [{"sequence": i % 4, "logps": -1.0, "old_logps": -1.5, "advantages": 1.0} for i in range(12)]
+    for name, some, says in (("apart", rows, 1), ("sorted", sorted(rows, key=lambda x: x["sequence"]), 0)):
+        lines(tmp_path / f"{name}.jsonl", some)
+        log = open_log(tmp_path / f"{name}.jsonl")
+        assert sum(len(part["logps"]) for part in log.parts()) == (12 if says else 4)
+        assert sum("8 sequences have the name of an earlier one" in x for x in log.remarks) == says
+
+
+def test_a_runs_folder_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "run.json").write_text(json.dumps({"clip": f"{tmp_path / 'evil.py'}:Clip"}))
+    np.savez(tmp_path / "tokens.npz", **GOOD)
+    assert cli.main(["explain", str(tmp_path)]) == 2 and "is code of the run's" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert cli.main(["explain", str(tmp_path), "--clip", "fixed"]) == 0
+    (tmp_path / "run.json").write_text("[]")
+    assert cli.main(["explain", str(tmp_path)]) == 2 and "is no JSON object" in capsys.readouterr().err
+
+
+def test_a_page_does_not_replace_its_log_and_a_name_may_be_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "x.npz", **GOOD)
+    before = (tmp_path / "x.npz").read_bytes()
+    assert cli.main(["explain", str(tmp_path / "x.npz"), "--html", str(tmp_path / "x.npz")]) == 2
+    assert "is the log itself" in capsys.readouterr().err and (tmp_path / "x.npz").read_bytes() == before
+    assert cli.main(["explain", "x" * 300]) == 2 == cli.main(["match", "--eps", ".2", "--tokens", "x" * 300])
 
 
 def test_a_file_cut_short(tmp_path: Path) -> None:

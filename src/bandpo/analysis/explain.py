@@ -15,7 +15,7 @@ from bandpo.analysis.explanation import Explanation
 from bandpo.analysis.gap import Gap
 from bandpo.analysis.others import Others
 from bandpo.analysis.reached import Reached
-from bandpo.analysis.sanity import LOGS, Sanity
+from bandpo.analysis.sanity import LOGS, Sanity, check_mask
 from bandpo.clips import get_clip
 from bandpo.clips.anchored import anchored
 from bandpo.clips.base import Clip
@@ -142,7 +142,9 @@ class Explainer:
                 f"logps has shape {tuple(logps.shape)}: must be (batch, token) or (token,); of logits over a "
                 "vocabulary give torch.log_softmax(logits, -1) of the taken tokens"
             )
-        if logits is not None and logits.shape[:-1] != logps.shape:
+        if logits is not None:
+            check_tensor("logits", logits, what="a floating-point tensor")
+        if logits is not None and (logits.shape[:-1] != logps.shape or not logits.shape[-1]):
             raise InputError(
                 f"logits has shape {tuple(logits.shape)}: must be that of logps and the vocabulary, "
                 f"{(*logps.shape, 'vocabulary')}"
@@ -157,6 +159,8 @@ class Explainer:
                 check_tensor(name, x, like=logps)
         given["advantages"] = per_token(advantages, logps).expand_as(logps)
         token = as_mask(mask, logps)
+        if mask is not None:
+            check_mask("mask", mask, self.seen)
         given["mask"] = torch.ones_like(logps, dtype=torch.bool) if token is None else token
         if logits is not None:
             given["logits"] = logits
@@ -174,7 +178,7 @@ class Explainer:
     def _look(self, piece: dict[str, Tensor]) -> None:
         mask, logits = piece.pop("mask"), piece.pop("logits", None)
         self.padding += mask.numel() - int(mask.sum())
-        kept = self.sanity.clean(piece, mask, self.seen)
+        kept = self.sanity.clean(piece if logits is None else piece | {"logits": logits}, mask, self.seen)
         self.seen += len(mask)
         if not bool(kept.any()):
             return
@@ -216,8 +220,13 @@ class Explainer:
             InputError: there was no token.
         """
         if self.stats is None:
-            said = "; ".join(self.sanity.remarks()) or "mask is 0 everywhere, or there are no tokens"
-            raise InputError(f"no token to look at: {said}; give tokens where mask is 1")
+            if said := "; ".join(self.sanity.remarks()):
+                spare = [name for name in (*OPTIONAL, "logits") if f"{name} is " in said]
+                way = f", or leave {' and '.join(spare)} out" if spare else ""
+                raise InputError(f"no token to look at: {said}; mend these values{way}")
+            raise InputError(
+                "no token to look at: mask is 0 everywhere, or there are no tokens; give tokens where mask is 1"
+            )
         tokens = int(float(self.stats.sums[..., 0].sum()))
         found = self.reached.as_dict(self.clip, self.stats, tokens)
         remarks = [*self.sanity.remarks(), *self.remarks]

@@ -13,7 +13,6 @@ from bandpo.operator.tokens import MOST_LOG_RATIO
 
 FIELDS = ("tokens", "k3", "beyond", "weight", "weight_squared")
 TWICE = math.log(2.0)
-MOST = 20.0  # no weight counts for more than e^20
 
 
 class Gap:
@@ -21,7 +20,7 @@ class Gap:
 
     def __init__(self) -> None:
         self.sums = torch.zeros(len(BUCKETS), len(FIELDS), dtype=torch.float64)
-        self.sequences = torch.zeros(3, dtype=torch.float64)  # how many, sum of W, sum of W^2
+        self.sequences, self.top = torch.zeros(3, dtype=torch.float64), -math.inf  # how many, sum of V and of V^2
         self.largest, self.equal = 0.0, 0.0
 
     def add(self, old_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> None:
@@ -33,18 +32,27 @@ class Gap:
             mask: bool; both of its shape, anything in padding.
         """
         log_w = torch.where(mask, old_logps.double() - rollout_logps.double(), 0.0)
-        log_w = log_w.clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
         bucket = sum((old_logps > math.log(edge)).long() for edge in EDGES)
         assert isinstance(bucket, Tensor)
-        d = log_w[mask]
-        w = torch.exp(d.clamp(max=MOST))
+        apart = log_w[mask]
+        d = apart.clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
+        w = torch.exp(d)
         rows = torch.stack([torch.ones_like(d), torch.expm1(d) - d, (d.abs() > TWICE).double(), w, w * w], -1)
         self.sums.index_add_(0, bucket[mask], rows)
-        self.largest = max(self.largest, float(d.abs().max()) if d.numel() else 0.0)
+        self.largest = max(self.largest, float(apart.abs().max()) if d.numel() else 0.0)
         self.equal += float((d == 0).sum())
         if mask.dim() > 1:
-            whole = torch.exp(log_w.sum(-1).clamp(max=MOST))[mask.any(-1)]
-            self.sequences += torch.stack([torch.ones_like(whole), whole, whole * whole], -1).sum(0)
+            self._add_sequences(log_w.sum(-1)[mask.any(-1)])
+
+    def _add_sequences(self, log_w: Tensor) -> None:
+        """Count W = V e^top, top the largest log W so far: products over long sequences leave every float's range."""
+        before, self.top = self.top, max(self.top, float(log_w.max()) if log_w.numel() else -math.inf)
+        v = torch.exp(log_w - self.top)
+        found = torch.stack([torch.ones_like(v), v, v * v], -1).sum(0)
+        if math.isfinite(before):
+            shrink = math.exp(before - self.top)
+            found += self.sequences * torch.tensor([1.0, shrink, shrink * shrink], dtype=torch.float64)
+        self.sequences = found
 
     def as_dict(self) -> dict[str, Any]:
         """Return the shares.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo._input import as_arguments
+from bandpo._input import InputError, as_arguments, nearest
 from bandpo.clips import get_clip
 from bandpo.clips.anchored import anchored
 from bandpo.clips.base import Clip
@@ -81,6 +81,8 @@ class Monitor:
             InputError: as `policy_loss`.
         """
         tokens = Tokens(logps, old_logps, advantages, mask, rollout_logps, entropies, rewards, state_divergence)
+        if not logps.numel():  # no token is no number, see `compute`
+            return
         clip = self.clip.at(progress)
         c = clip.coefficient(tokens)
         check_coefficient(clip.name, c, tokens)
@@ -109,7 +111,17 @@ class Monitor:
         Returns:
             Name to tensor of no dimension, on the tokens' device; ``float`` of one waits for it. Nothing, {}, before
             the first update: shares of no token would read as those of a clip that takes everything.
+
+        Raises:
+            InputError: `only` names what there is not.
         """
         if self._empty and not bool(self.sums.any()):  # not empty where other ranks' were summed into them
             return {}
-        return ClipStats(self.sums, self.maxima).metrics(prefix, only)
+        wanted = [only] if isinstance(only, str) else only
+        try:
+            return ClipStats(self.sums, self.maxima).metrics(prefix, wanted)
+        except KeyError as error:
+            names = ClipStats(self.sums, self.maxima).metrics()
+            raise InputError(
+                f"only={wanted!r}: {error} is no metric{nearest(error.args[0], names)}; must be of ClipStats.metrics"
+            ) from None

@@ -106,10 +106,11 @@ class Reached:
         """Return the parts of an `Explanation` that these sums know."""
         effect = [_row(stats, sign, bucket) for sign in SIGNS for bucket in (None, *range(len(BUCKETS)))]
         whole = effect[0]
-        signs = {name: float(stats.sums[i, :, 0].sum()) / tokens for name, i in (("positive", 2), ("negative", 0))}
+        rows = (("positive", 2), ("negative", 0), ("zero", 1))
+        signs = {name: float(stats.sums[i, :, 0].sum()) / tokens for name, i in rows}
         sequences = torch.stack(self.sequences) if self.sequences else None
         n = None if sequences is None else int(sequences[:, 0].sum())
-        counts = {"tokens": tokens, "sequences": n, **signs, "zero": max(1 - sum(signs.values()), 0.0)}
+        counts = {"tokens": tokens, "sequences": n, **signs}
         counts |= {"surprise": self.sums["surprise"] / tokens, "rare": int(self.sums["rare"])}
         described: dict[str, Any] = {
             "name": clip.name,
@@ -131,12 +132,12 @@ class Reached:
 
     def _idle(self, clip: Clip, whole: dict[str, Any], counts: dict[str, Any], tokens: int) -> dict[str, Any]:
         """Say whether the clip does nothing, and why."""
-        why = None
+        why, kept = None, whole["gradient_kept"]  # None where every r A rounds to 0
         if counts["zero"] == 1:
             why = "no_advantage"
         elif self.sums["still"] == tokens:
             why = "one_update"
-        elif self.sums["taken"] == 0 or (whole["zero_grad"] == 0 and abs(whole["gradient_kept"] - 1) < NOTHING):
+        elif self.sums["taken"] == 0 or (whole["zero_grad"] == 0 and kept is not None and abs(kept - 1) < NOTHING):
             why = "no_clip" if clip.name == "none" else "not_reached"
         return {
             "idle": why is not None,

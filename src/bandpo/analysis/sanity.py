@@ -13,6 +13,8 @@ from bandpo.analysis.tails import Tails
 ROUNDING = 0.01  # a log-probability above 0 by no more than this is a rounded 0
 TOO_MANY = 0.01  # the share of values above 0 from which they are something else
 LOGS = ("logps", "old_logps", "rollout_logps")
+SIZES = {"entropies": 0.01, "state_divergence": 1e-4}  # never below 0 by more than rounding does
+HUGE = 1e30  # an advantage beyond this overflows float32 with its ratio
 BASES = {"in bits": 1 / math.log(2), "to base 10": 1 / math.log(10)}
 UNSURE = -0.05  # log-probabilities above this hardly tell their base
 NEAR = 0.08  # how far a median quotient may be from that of a wrong base
@@ -36,7 +38,7 @@ class Sanity:
         """Return the mask without the tokens that cannot be used.
 
         Args:
-            values: by name, of the mask's shape; log-probabilities and advantages.
+            values: by name, of the mask's shape, `logits` with one dimension more.
             mask: bool.
             start: how many sequences (or tokens, where there are none) came before.
 
@@ -48,7 +50,12 @@ class Sanity:
         """
         kept = mask
         for name, x in values.items():
-            kept = kept & ~self._note(f"{name} is NaN or infinite", mask & ~torch.isfinite(x), start)
+            kept = kept & ~self._note(f"{name} is NaN or infinite", mask & ~_finite(name, x, mask), start)
+            if name == "advantages":
+                size = x.abs()
+                kept = kept & ~self._note(f"{name} is beyond 1e30", mask & (size > HUGE) & (size < math.inf), start)
+            if name in SIZES:
+                kept = kept & ~self._note(f"{name} is below 0", mask & (x < -SIZES[name]) & (x > -math.inf), start)
             if name in LOGS:
                 above = mask & torch.isfinite(x) & (x > ROUNDING)
                 if int(above.sum()) > TOO_MANY * int(mask.sum()):
@@ -115,6 +122,23 @@ class Sanity:
                         f"alike: implausible, {name} may be in bits; multiply by 0.6931"
                     )
         return said
+
+
+def _finite(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """Say for which tokens a value is a number; a logit may be -inf, as one that is never sampled is, but not all."""
+    if name != "logits":
+        return torch.isfinite(x)
+    return torch.isfinite(x.amax(-1)) if x.shape[-1] else torch.zeros_like(mask)
+
+
+def check_mask(name: str, mask: Tensor, start: int = 0) -> None:
+    """Raise InputError for a mask of anything but 0 and 1: NaN, a weight or a label is no answer to yes or no."""
+    odd = (mask != 0) & (mask != 1)
+    if mask.dtype != torch.bool and bool(odd.any()):
+        raise InputError(
+            f"{name} holds {int(odd.sum()):,} values other than 0 and 1, the first, {float(mask[odd][0]):g}, at "
+            f"{_place(odd, start)}: must be 1 for tokens and 0 for padding; mend it"
+        )
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

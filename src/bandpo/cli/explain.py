@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bandpo._input import InputError, nearest
+from bandpo._input import InputError, is_import_path, nearest
 from bandpo.cli._clip import add_clip, clip_args
 from bandpo.cli._parser import finish
 
@@ -52,6 +53,10 @@ def _explain(args: argparse.Namespace) -> None:
         raise InputError(f"--clip_args {given}: must come with --clip NAME; name the clip")
     log = open_log(_path(args.file))
     clip, given = (args.clip, given) if args.clip else log.clip or ("fixed", {})
+    if not args.clip and is_import_path(clip):
+        raise InputError(f"{args.file}: its clip {clip} is code of the run's: give --clip {clip} to run it, or another")
+    if args.html and os.path.exists(args.html) and os.path.samefile(args.html, log.path):
+        raise InputError(f"--html {args.html}: is the log itself, which would be lost; name another file")
     explainer = Explainer(clip, clip_args=given, anchor=args.anchor, batch=args.batch)
     try:
         for part in log.parts(args.batch):
@@ -59,7 +64,7 @@ def _explain(args: argparse.Namespace) -> None:
         explainer.remarks += log.remarks
         found = explainer.compute()
     except InputError as error:
-        raise InputError(f"{log.path}: {error}") from None
+        raise InputError(f"{log.path}: {str(error).removeprefix(f'{log.path}: ')}") from None
     result = {"file": str(args.file), "fields": log.fields, **found.to_dict()}
     if args.html:
         from bandpo.lab.explain_page import write_page
@@ -88,9 +93,10 @@ def _drawn(result: dict[str, Any]) -> list[str]:
 
 def _path(file: str) -> Path:
     path = Path(file)
-    if file == EXAMPLE and not path.exists():
+    there = os.path.exists(path)  # unlike Path's own, it raises for no name
+    if file == EXAMPLE and not there:
         return Path(str(importlib.resources.files("bandpo") / "examples" / "tokens.npz"))
-    if not path.exists():
-        there = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"{file}: no such file{nearest(path.name, [*there, EXAMPLE])}; give a log of tokens")
+    if not there:
+        beside = os.listdir(path.parent) if os.access(path.parent, os.R_OK) and os.path.isdir(path.parent) else []
+        raise InputError(f"{file}: no such file{nearest(path.name, [*beside, EXAMPLE])}; give a log of tokens")
     return path

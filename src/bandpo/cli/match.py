@@ -122,9 +122,13 @@ def _on_tokens(clip: bandpo.Clip, region: Region | None, args: argparse.Namespac
     from bandpo.lab.token_log import open_log
 
     log, explainer = open_log(args.tokens), Explainer(clip, others=False)
-    for part in log.parts():
-        explainer.update(**part)
-    found = explainer.compute()
+    try:
+        for part in log.parts():
+            explainer.update(**part)
+        explainer.remarks += log.remarks
+        found = explainer.compute()
+    except InputError as error:
+        raise InputError(f"{log.path}: {str(error).removeprefix(f'{log.path}: ')}") from None
     width = None if region is None else _mean_width(region, found.sample["log_p"], args.divergence)
     return {
         "file": str(args.tokens),
@@ -132,6 +136,7 @@ def _on_tokens(clip: bandpo.Clip, region: Region | None, args: argparse.Namespac
         "sample": len(found.sample["log_p"]),
         "mean_width": width,
         "equivalent": found.equivalent,
+        "remarks": found.remarks,
     }
 
 
@@ -175,6 +180,7 @@ def _text(result: dict[str, Any]) -> str:
         lines += table(("", *names), [(title, *(number(row[x]) for x in names)) for title, row in widths])
     if tokens:
         lines += ["", *_taken(tokens["equivalent"])]
+        lines += [line for said in tokens["remarks"] for line in textwrap.wrap(f"- {said}", 110)]
     return "\n".join([*lines, "", *textwrap.wrap(result["why"], 110)])
 
 

@@ -102,7 +102,8 @@ CLIPS: dict[str, type[Clip]] = {
 }
 # a method whose published values changed: its name, the date or the source of the values, and these
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ipo@2026-03": ("ipo", {"eps": 0.1}),
+    "ipo@2026-03": ("ipo", {"eps": 0.2}),
+    "ipo@2026-08": ("ipo", {"eps": 0.1}),
     "ipo@2026-09": ("ipo", {"eps": 0.3}),
     "icepop@2026-09": ("icepop", {"floor": 0.2, "cap": 5.0}),
     "icepop@verl": ("icepop", {"floor": 0.5, "cap": 5.0}),

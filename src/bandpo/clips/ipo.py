@@ -27,8 +27,9 @@ class Ipo(Mask):
     Raises:
         InputError: a margin out of its range.
 
-    Source: prime-rl's default loss. Versions: "ipo@2026-03" has eps .1, "ipo@2026-09" (the default here) .3; the older
-    one also had a term kl_tau (log r)^2 of weight 1e-3, which belongs to the loss. There p is the rollout engine's.
+    Source: prime-rl's default loss. Versions: "ipo@2026-03" has eps .2, "ipo@2026-08" .1, "ipo@2026-09" (the default
+    here) .3; the older ones also had a term kl_tau (log r)^2, of weight 1e-3 in August, which belongs to the loss.
+    There p is the rollout engine's.
     """
 
     name: ClassVar[str] = "ipo"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bandpo._input import InputError
-from bandpo.lab.token_sources import FORMATS, Block, Npz, Source, open_source
+from bandpo.analysis.sanity import check_mask
+from bandpo.lab.token_sources import FORMATS, Block, Jsonl, Npz, Source, broken, open_source
 
 PART = 1 << 17  # tokens read at a time
 # what `bandpo.explain` calls it: what files call it (ours, TRL's, verl's)
@@ -31,6 +33,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sequence": ("sequence",),
     "lengths": ("lengths",),
 }
+MOST_NAMES = 1 << 19  # of sequences that are remembered
 WANTED = ("logps", "old_logps", "advantages")
 
 
@@ -70,13 +73,26 @@ class TokenLog:
         Raises:
             InputError: a field has the wrong shape, length or type.
         """
-        for block in _whole_sequences(self.source.blocks(self.fields, PART, batch), batch):
+        for block in _whole_sequences(self._blocks(batch), batch, self.source.remarks):
             part = {name: torch.tensor(x) for name, x in block.items()}
             part = {name: x if name == "mask" or x.is_floating_point() else x.float() for name, x in part.items()}
             if (tool := part.pop("tool_mask", None)) is not None:
                 part["mask"] = tool != 0 if "mask" not in part else (part["mask"] != 0) & (tool != 0)
             part.setdefault("old_logps", part["logps"])
             yield part
+
+    def _blocks(self, batch: int | None) -> Iterator[Block]:
+        """Yield what the source reads, where it can be what its names say."""
+        seen = 0
+        for block in _guarded(self.path, self.source.blocks(self.fields, PART, batch)):
+            for name in ("mask", "tool_mask"):
+                if name in block:
+                    check_mask(self.fields.get(name, name), torch.tensor(block[name]), seen)
+            seen += len(block["logps"])
+            later = self.source.later if isinstance(self.source, Jsonl) else ()
+            if late := [name for name in later if any(name in names for names in NAMES.values())]:
+                raise InputError(f"{late[0]} is in some lines, and not in the first: must be in all, or in none")
+            yield block
 
 
 def open_log(path: Path) -> TokenLog:
@@ -93,14 +109,14 @@ def open_log(path: Path) -> TokenLog:
             kept no token: says whether its clip is idle.
     """
     clip, file, formats = None, path, ", ".join(FORMATS)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's own, it raises for no name
         clip, file = _run_clip(path), path / "tokens.npz"
         if not file.is_file():
             raise InputError(
                 f"{path}: the folder holds no tokens.npz; give the --out folder of a `bandpo train`, or a file "
                 f"({formats})"
             )
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"{path}: no such file; give a file ({formats}) or a run's folder")
     source = open_source(file)
     fields = {ours: name for ours, names in NAMES.items() for name in reversed(names) if name in source.names}
@@ -150,15 +166,19 @@ def _run_clip(folder: Path) -> tuple[str, dict[str, Any]] | None:
         return None
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: is no JSON ({error}); mend it, or give tokens.npz itself") from None
+    if not isinstance(info, dict):
+        raise InputError(f"{file}: is no JSON object; mend it, or give tokens.npz itself")
     name, args = info.get("clip"), info.get("clip_args") or {}
     return (name, args) if isinstance(name, str) and name != "host" and isinstance(args, dict) else None
 
 
-def _whole_sequences(blocks: Iterator[Block], batch: int | None) -> Iterator[Block]:
+def _whole_sequences(blocks: Iterator[Block], batch: int | None, remarks: list[str]) -> Iterator[Block]:
     """Pad tokens that say to which sequence they belong; hold back the last sequence of a block, which may go on."""
     held: Block = {}
+    seen: set[Any] = set()
+    again: list[Any] = []
     for block in blocks:
         if "sequence" not in block or block["logps"].ndim > 1:
             block.pop("sequence", None)
@@ -168,9 +188,34 @@ def _whole_sequences(blocks: Iterator[Block], batch: int | None) -> Iterator[Blo
         starts = _starts(block["sequence"])
         keep = starts[-1] if batch is None else starts[(len(starts) - 1) // batch * batch]
         held = {name: x[keep:] for name, x in block.items()}
+        _note_again(block["sequence"][starts[starts < keep]].tolist(), seen, again)
         yield from _padded({name: x[:keep] for name, x in block.items()}, batch)
-    if held:
+    if held and len(held["logps"]):
+        _note_again(held["sequence"][_starts(held["sequence"])].tolist(), seen, again)
         yield from _padded(held, batch)
+    if again:
+        remarks.append(
+            f"{len(again):,} sequences have the name of an earlier one that others follow, the first {again[0]!r}, and "
+            "count as new ones: where they are the same, sort the rows by sequence"
+        )
+
+
+def _guarded(path: Path, blocks: Iterator[Block]) -> Iterator[Block]:
+    """Yield blocks; a file that breaks half-way is one line, as one that breaks where it begins."""
+    try:
+        yield from blocks
+    except InputError:
+        raise
+    except Exception as error:
+        raise broken(path, error) from None
+
+
+def _note_again(names: list[Any], seen: set[Any], again: list[Any]) -> None:
+    """Note the names that have been there before."""
+    for name in names if len(seen) < MOST_NAMES else ():
+        if name in seen:
+            again.append(name)
+        seen.add(name)
 
 
 def _starts(sequence: np.ndarray) -> np.ndarray:

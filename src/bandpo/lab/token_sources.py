@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import pickle
 import warnings
 import zipfile
@@ -56,8 +57,13 @@ def open_source(path: Path) -> Source:
     except InputError:
         raise
     except Exception as error:  # broken files make readers fail in every way
-        why = f"{type(error).__name__}: {_short(error)}"
-        raise InputError(f"{path}: cannot be read as {path.suffix} ({why}); write it again") from None
+        raise broken(path, error) from None
+
+
+def broken(path: Path, error: Exception) -> InputError:
+    """Return what to say of a file that a reader failed on."""
+    why = f"{type(error).__name__}: {_short(error)}"
+    return InputError(f"{path}: cannot be read as {path.suffix} ({why}); write it again")
 
 
 class _Arrays:
@@ -114,14 +120,25 @@ class _Arrays:
     def _lengths(self, fields: Mapping[str, str], base: tuple[int, ...]) -> np.ndarray | None:
         if "lengths" not in fields:
             return None
-        lengths = self.reader(fields["lengths"])(self.shape(fields["lengths"])[0]).astype(np.int64).reshape(-1)
-        if len(base) == 1 and (lengths.sum() != base[0] or (lengths < 0).any()):
+        shape = self.shape(name := fields["lengths"])
+        if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
+            raise InputError(f"{name} has shape {shape}: must be (sequences,), the number of tokens of each")
+        given = self.reader(name)(shape[0]).reshape(-1)
+        whole = np.isfinite(given) & (given >= 0) & (given == np.floor(given))
+        if not whole.all():
+            at = int((~whole).argmax())
+            raise InputError(f"{name} of sequence {at} is {given[at]:g}: must be a whole number of tokens, 0 or more")
+        lengths = given.astype(np.int64)
+        if len(base) == 1 and lengths.sum() != base[0]:
             raise InputError(
                 f"lengths add up to {lengths.sum():,}, and logps has {base[0]:,} tokens: must be the number of tokens "
                 "of each sequence, in order"
             )
         if len(base) == 2 and len(lengths) != base[0]:
             raise InputError(f"lengths has {len(lengths):,} values: must be one for each of the {base[0]:,} sequences")
+        if len(base) == 2 and len(lengths) and lengths.max() > base[1]:
+            at = int(lengths.argmax())
+            raise InputError(f"{name} of sequence {at} is {lengths[at]:,}: must be at most {base[1]:,}, logps' tokens")
         return lengths
 
     def _check(self, fields: Mapping[str, str], base: tuple[int, ...], sequences: int | None) -> None:
@@ -170,9 +187,9 @@ class Npz(_Arrays):
     def reader(self, name: str) -> Any:
         """Return a function of n that reads the next n rows of the stream."""
         stream, shape, fortran, dtype = self._open(name)
-        width = int(np.prod(shape[1:]))
+        width, own = math.prod(shape[1:]), _native(dtype)
         if fortran and len(shape) > 1:
-            whole = np.frombuffer(stream.read(), dtype).reshape(shape, order="F")
+            whole = np.frombuffer(stream.read(), dtype).astype(own).reshape(shape, order="F")
             rest = iter(whole)
             return lambda n: np.stack(list(itertools.islice(rest, n)))
 
@@ -180,7 +197,7 @@ class Npz(_Arrays):
             data = stream.read(n * width * dtype.itemsize)
             if len(data) != n * width * dtype.itemsize:
                 raise InputError(f"{name} ends early: the file is cut short; write it again")
-            return np.frombuffer(data, dtype).reshape(n, *shape[1:])
+            return np.frombuffer(data, dtype).astype(own, copy=False).reshape(n, *shape[1:])
 
         return take
 
@@ -204,14 +221,15 @@ class Torch(_Arrays):
         if not dicts or not all(isinstance(x, Mapping) for x in dicts):
             raise InputError(f"{path}: holds a {type(found).__name__}: must be a dict of tensors, or a list of these")
         flat = [{**x, **x["batch"]} if isinstance(x.get("batch"), Mapping) else dict(x) for x in dicts]
-        self.dicts = [{k: v for k, v in x.items() if isinstance(v, torch.Tensor)} for x in flat]
-        self.names = list(self.dicts[0])
+        self.dicts = [{k: v for k, v in x.items() if isinstance(k, str) and isinstance(v, torch.Tensor)} for x in flat]
+        self.names = list(dict.fromkeys(name for x in self.dicts for name in x))
         self.now = self.dicts[0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape."""
         if name not in self.now:
-            raise InputError(f"{name} is in the first batch, and not in every one: must be in all")
+            at = next(i for i, x in enumerate(self.dicts, 1) if x is self.now)
+            raise InputError(f"{name} is in other batches, and not in batch {at}: must be in all, or in none")
         return tuple(self.now[name].shape)
 
     def reader(self, name: str) -> Any:
@@ -219,12 +237,16 @@ class Torch(_Arrays):
         x, done = self.now[name], 0
         if x.is_nested:
             raise InputError(f"{name} is a nested tensor: must be padded; write torch.nested.to_padded_tensor(x, 0.0)")
+        if x.layout != torch.strided or x.is_complex() or x.is_quantized or x.device.type != "cpu":
+            kind = f"{x.dtype}, {x.layout}, on {x.device}"
+            raise InputError(f"{name} is a tensor of {kind}: must be of plain real numbers; write x.to_dense().float()")
 
         def take(n: int) -> np.ndarray:
             nonlocal done
             piece = x[done : done + n].detach()
             done += n
-            return (piece.float() if piece.dtype in (torch.float16, torch.bfloat16) else piece).contiguous().numpy()
+            wide = piece.dtype in (torch.float32, torch.float64) or not piece.is_floating_point()
+            return (piece if wide else piece.float()).contiguous().numpy()
 
         return take
 
@@ -252,13 +274,13 @@ class _Rows:
     def blocks(self, fields: Mapping[str, str], size: int, batch: int | None) -> Iterator[Block]:
         """Yield the tokens of some records at a time, one after the other."""
         for table in self.tables(list(fields.values()), size):
-            columns = {ours: table[name] for ours, name in fields.items() if ours != "lengths"}
-            n = len(columns["logps"])
+            columns = {ours: table[name] for ours, name in fields.items()}
+            own, n = columns.pop("lengths", None), len(columns["logps"])
             if n:
-                yield self._lists(columns) if _is_lists(columns["logps"]) else self._numbers(columns)
+                yield self._lists(columns, own) if _is_lists(columns["logps"]) else self._numbers(columns)
             self.seen += n
 
-    def _lists(self, columns: dict[str, Any]) -> Block:
+    def _lists(self, columns: dict[str, Any], used: Any = None) -> Block:
         lengths, own_records = _lengths_of(columns["logps"]), np.arange(self.seen, self.seen + len(columns["logps"]))
         if (lengths < 0).any():
             row = self.seen + int((lengths < 0).argmax()) + 1
@@ -278,6 +300,9 @@ class _Rows:
                 )
             flat = np.concatenate(column) if isinstance(column[0], np.ndarray) else list(itertools.chain(*column))
             block[name] = _floats(name, flat, block["sequence"], self.dtype)
+        if used is not None and "mask" not in block:  # lists may be padded too
+            most = np.repeat(_floats("lengths", used, own_records, self.dtype), lengths)
+            block["mask"] = np.arange(len(most)) - np.repeat(lengths.cumsum() - lengths, lengths) < most
         return block
 
     def _numbers(self, columns: dict[str, Any]) -> Block:
@@ -301,6 +326,7 @@ class Jsonl(_Rows):
         if not first:
             raise InputError(f"{path}: is empty; must hold a JSON object on each line")
         self.names = list(self._parse(first, last=False)[0])
+        self.later: set[str] = set()  # fields that lines have, and the first has not
 
     def _parse(self, numbered: list[tuple[int, bytes]], last: bool) -> list[dict[str, Any]]:
         """Parse lines at once, which is several times as fast as one by one; one by one to find what is wrong."""
@@ -328,7 +354,7 @@ class Jsonl(_Rows):
         with self.path.open("rb") as file:
             start = 1
             while text := file.read(TEXT) + file.readline():
-                table = by_pyarrow(text, names)
+                table = by_pyarrow(text, names, self.names, self.later)
                 if table is None:
                     table = self._by_hand(text.split(b"\n"), names, start, last=not file.peek(1))
                 yield table
@@ -338,6 +364,8 @@ class Jsonl(_Rows):
         """Return the columns of lines by the standard library, which also says what is wrong with them."""
         numbered = [(start + i, line) for i, line in enumerate(lines) if line.strip()]
         records = self._parse(numbered, last) if numbered else []
+        known = dict.fromkeys(self.names).keys()
+        self.later.update(*(x.keys() - known for x in records if x.keys() != known))
         try:
             return {name: [record[name] for record in records] for name in names}
         except KeyError as error:
@@ -370,6 +398,11 @@ class Parquet(_Rows):
 FORMATS: dict[str, Any] = {
     ".npz": Npz, ".pt": Torch, ".pth": Torch, ".bin": Torch, ".jsonl": Jsonl, ".parquet": Parquet,
 }  # fmt: skip
+
+
+def _native(dtype: np.dtype) -> np.dtype:
+    """Return the type as PyTorch has it: of this machine's byte order, and no wider than 64 bits."""
+    return np.dtype(np.float64) if dtype.kind == "f" and dtype.itemsize > 8 else dtype.newbyteorder("=")
 
 
 def _is_lists(column: Any) -> bool:
