@@ -23,9 +23,7 @@ RESULTS = DOCS.parent / "studies" / "results"
 PAGE = DOCS / "evidence.md"
 MEASURED = DOCS / "data" / "measured.json"  # which study has which clip: the cards say it
 THEMES = {"": LIGHT, "-dark": DARK}
-DRAWN = tuple(
-    name for name in ("control", "shape", "explore", "entropy", "entropy-again", "field") if (RESULTS / name).is_dir()
-)
+DRAWN = ("control", "tight", "shape", "explore", "entropy", "entropy-again", "field")
 MOST_LINES = 8  # arms; with more their curves cannot be told apart
 CURVES = {"reward": "training reward", "entropy": "entropy, nats"}
 

@@ -28,7 +28,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,8 @@ def run_trl() -> list[dict[str, Tensor]]:
     from trl import GRPOConfig, GRPOTrainer
 
     # --8<-- [start:trl]
-    kept = ("completion_mask", "old_per_token_logps", "advantages")
-    batches: list[dict[str, Tensor]] = []
+    kept = ("completion_mask", "old_per_token_logps", "advantages", "sampling_per_token_logps", "tool_mask")
+    batches: deque[dict[str, Tensor]] = deque(maxlen=16)  # the last ones, off the device
 
     class Dumping(GRPOTrainer):
         def _get_per_token_logps_and_entropies(self, *args: Any, **named: Any) -> Any:
@@ -162,9 +162,10 @@ def run_trl() -> list[dict[str, Tensor]]:
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
             loss = super()._compute_loss(model, inputs)
-            batch = {name: inputs[name].clone() for name in kept if inputs.get(name) is not None}
-            logps, entropies = (x.detach().clone() for x in self.made[:2])
-            batches.append(batch | {"logps": logps, "entropies": entropies})
+            if model.training:  # an evaluation comes here too
+                batch = {name: inputs[name] for name in kept if inputs.get(name) is not None}
+                batch |= {"logps": self.made[0], "entropies": self.made[1]}
+                batches.append({name: x.detach().clone().cpu() for name, x in batch.items()})
             return loss
 
     # --8<-- [end:trl]

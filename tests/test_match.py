@@ -162,7 +162,7 @@ def test_the_command_matches_on_tokens_what_explain_says(capsys):
     ("words", "says"),
     [
         ([], "give --eps 0.2 or --clip NAME"),
-        (["--eps", "0.2", "--clip", "band"], "one of both must be there"),
+        (["--eps", "0.2", "--clip", "band"], "must be one of both"),
         (["--eps", "-1"], "eps_low=-1"),
         (["--eps_high", "0.3", "--clip", "fixed"], "must come with --eps"),
         (["--eps", "0.2", "--clip_args.delta", "1"], "must come with --clip NAME"),

@@ -83,8 +83,8 @@ def _rollout(found: dict[str, Any]) -> Iterator[Advice]:
         yield (
             f"Rollout engine and trainer disagree by more than 2x on {_percent(gap['beyond_2x'])} of the tokens (k3 "
             f"{gap['k3']:.3g} nats, while the update itself moved kl by {moved:.3g}; effective sample size "
-            f"{gap['effective_sample_size']:.2f}): mend that first, or correct for it with anchor or "
-            "importance_sampling_mode.",
+            f"{gap['effective_sample_size']:.2f}): fix that first, or correct for it "
+            "(anchor; TRL: vllm_importance_sampling_correction).",
             gap["beyond_2x"],
             "which-old-policy",
         )
@@ -108,7 +108,7 @@ def _taken(found: dict[str, Any]) -> Iterator[Advice]:
         kl = found["equivalent"].get("band_kl")
         band = f"; Band kl {kl['value']:.2g} takes as much" if kl else ""
         yield (
-            f"The clip keeps {_percent(kept)} of the gradient{band}: where that is not meant, make fewer updates a "
+            f"The clip keeps {_percent(kept)} of the gradient{band}: if that is not intended, make fewer updates a "
             "rollout or smaller ones, or widen it.",
             kept,
             "how-much-is-too-much",

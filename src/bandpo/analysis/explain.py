@@ -20,6 +20,7 @@ from bandpo.clips import get_clip
 from bandpo.clips.anchored import anchored
 from bandpo.clips.base import Clip
 from bandpo.clips.foreign import check_coefficient
+from bandpo.clips.schedule import constant
 from bandpo.loss.stats import ClipStats, count
 from bandpo.operator.tokens import Tokens
 
@@ -104,7 +105,7 @@ class Explainer:
     ) -> None:
         if batch is not None and (not isinstance(batch, int) or batch < 1):
             raise InputError(f"batch={batch!r}: must be a whole number of sequences of at least 1, or None")
-        self.clip: Clip = anchored(get_clip(clip, **as_arguments(clip_args)), anchor).at(0.0)
+        self.clip: Clip = anchored(constant(get_clip(clip, **as_arguments(clip_args))), anchor)
         self.batch, self.seen, self.padding = batch, 0, 0
         self.stats: ClipStats | None = None
         self.sanity, self.reached, self.others = Sanity(), Reached(), Others() if others else None

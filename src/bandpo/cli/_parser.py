@@ -34,5 +34,7 @@ def finish(parser: argparse.ArgumentParser, handler: Callable[[argparse.Namespac
 def refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     """Raise for a word that the parser does not know, naming the nearest option."""
     options = [option for action in parser._actions for option in action.option_strings]
+    if not word.startswith("--h"):  # --delta is no misspelt --help
+        options.remove("--help")
     word = word.split("=")[0]
     raise InputError(f"{word}: {parser.prog} does not take it{nearest(word, options)}; see {parser.prog} --help")

@@ -14,6 +14,7 @@ from bandpo.cli._clip import add_clip, clip_args
 from bandpo.cli._parser import finish
 
 if TYPE_CHECKING:
+    from bandpo.clips.base import Clip
     from bandpo.lab.token_log import TokenLog
 
 EXAMPLE = "example"  # the log that ships with the package
@@ -58,6 +59,7 @@ def _explain(args: argparse.Namespace) -> None:
     if args.html and os.path.exists(args.html) and os.path.samefile(args.html, log.path):
         raise InputError(f"--html {args.html}: is the log itself, which would be lost; name another file")
     explainer = Explainer(clip, clip_args=given, anchor=args.anchor, batch=args.batch)
+    _check_needs(explainer.clip, args, log)
     try:
         for part in log.parts(args.batch):
             explainer.update(**part)
@@ -71,6 +73,19 @@ def _explain(args: argparse.Namespace) -> None:
 
         result["html"] = str(write_page(found, str(args.file), args.html, _command(args, given)))
     print(json.dumps(result) if args.json else "\n\n".join([_found(args, log), str(found), *_drawn(result)]))
+
+
+def _check_needs(clip: Clip, args: argparse.Namespace, log: TokenLog) -> None:
+    """Raise for a clip that looks at what the log does not hold."""
+    missing = [name for name in clip.needs if name not in log.fields]
+    if missing and args.anchor != "old" and missing == ["rollout_logps"]:
+        raise InputError(
+            f"--anchor {args.anchor}: {log.path} has no field rollout_logps; log it, or leave --anchor out"
+        )
+    if missing:
+        raise InputError(
+            f"clip {clip.name!r}: {log.path} has no field {', '.join(missing)}; log it, or name another clip"
+        )
 
 
 def _found(args: argparse.Namespace, log: TokenLog) -> str:
@@ -98,5 +113,8 @@ def _path(file: str) -> Path:
         return Path(str(importlib.resources.files("bandpo") / "examples" / "tokens.npz"))
     if not there:
         beside = os.listdir(path.parent) if os.access(path.parent, os.R_OK) and os.path.isdir(path.parent) else []
-        raise InputError(f"{file}: no such file{nearest(path.name, [*beside, EXAMPLE])}; give a log of tokens")
+        raise InputError(
+            f"{file}: no such file{nearest(path.name, [*beside, EXAMPLE])}; give a log of tokens, or try: bandpo "
+            f"explain {EXAMPLE}"
+        )
     return path

@@ -13,6 +13,7 @@ import bandpo
 from bandpo._input import InputError
 from bandpo.cli._clip import add_clip, clip_args
 from bandpo.cli._parser import finish
+from bandpo.clips.schedule import constant
 from bandpo.operator.family import FAMILY
 from bandpo.operator.radius import RADII
 
@@ -75,14 +76,16 @@ def _match(args: argparse.Namespace) -> None:
 
 def _clip(args: argparse.Namespace) -> bandpo.Clip:
     given = clip_args(args)
-    if (args.eps is None) == (args.clip is None):
+    if args.eps is None and args.clip is None:
         raise InputError("give --eps 0.2 or --clip NAME: one of both must be there; see bandpo match --help")
+    if args.eps is not None and args.clip is not None:
+        raise InputError(f"--eps {args.eps:g} --clip {args.clip}: must be one of both; leave the other out")
     if args.eps is None:
         if args.eps_high is not None:
             raise InputError(
                 f"--eps_high {args.eps_high:g}: must come with --eps; for a clip give --clip_args.eps_high"
             )
-        return bandpo.get_clip(args.clip, **given).at(0.0)
+        return constant(bandpo.get_clip(args.clip, **given))
     if given:
         raise InputError(f"--clip_args {given}: must come with --clip NAME; with --eps give --eps_high")
     return bandpo.Fixed(args.eps, args.eps if args.eps_high is None else args.eps_high)

@@ -57,6 +57,16 @@ def has_schedule(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(has_schedule(x) for x in value)
 
 
+def constant(clip: Clip) -> Clip:
+    """Return the clip; raise InputError for one with a schedule, where nothing says how far training is."""
+    if clip.at(0.0) is not clip:
+        raise InputError(
+            f"clip {clip!r} changes over training, and tokens do not say when they were trained on: must be that "
+            f"of one moment; give its value there, such as --clip {clip.name} --clip_args.KEY VALUE"
+        )
+    return clip
+
+
 def _at(key: str, value: Any, x: float) -> Any:
     if isinstance(value, Mapping):
         if {"start", "end"} & value.keys():

@@ -18,6 +18,7 @@ from torch import Tensor
 from bandpo import Band, Clip, ClipStats, Fixed, Region, Tokens, get_clip
 from bandpo._input import InputError, as_arguments, nearest
 from bandpo.clips import anchored
+from bandpo.clips.anchored import Anchored
 from bandpo.clips.base import MOST
 from bandpo.loss.stats import BRIEF, BUCKETS, FIELDS, HOW_MUCH, SIGNS, count
 
@@ -123,6 +124,11 @@ def refuse_needs(clip: Clip, has: Iterable[str], what: str) -> None:
         InputError: a tensor is missing; says which.
     """
     missing = [name for name in clip.needs if name not in set(has)]
+    if isinstance(clip, Anchored) and missing == ["rollout_logps"] and missing[0] not in clip.clip.needs:
+        raise InputError(
+            f"clip_anchor={clip.anchor!r}: needs rollout_logps, which {what} does not hand over; must be 'old', the "
+            "default"
+        )
     if missing:
         raise InputError(
             f"clip={clip.name!r}: needs {', '.join(missing)}, which {what} does not hand over; must be a clip without, "
