@@ -23,8 +23,9 @@ RESULTS = DOCS.parent / "studies" / "results"
 PAGE = DOCS / "evidence.md"
 MEASURED = DOCS / "data" / "measured.json"  # which study has which clip: the cards say it
 THEMES = {"": LIGHT, "-dark": DARK}
-DRAWN = ("control", "tight", "shape", "explore", "entropy", "entropy-again", "field")
+DRAWN = ("control", "tight", "shape", "explore", "entropy", "entropy-again", "field", "smollm2")
 MOST_LINES = 8  # arms; with more their curves cannot be told apart
+FEWEST_SEEDS = 5  # with fewer the intervals of single rollouts hide all else
 CURVES = {"reward": "training reward", "entropy": "entropy, nats"}
 
 
@@ -79,6 +80,8 @@ def tables(name: str) -> str:
         ]
         lines += [_contrast(one, found) for one in found["contrasts"]] + [""]
         lines += secondary(name, found)
+    elif parse(kept(name).newest, name).reference:
+        lines += _against_reference(found)
     for setting in found["settings"].values():
         heads = [found["outcomes"][o]["title"] for o in found["outcomes"]]
         lines += ["| arm | seeds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
@@ -87,6 +90,22 @@ def tables(name: str) -> str:
             lines.append(f"| `{arm}` | {it['done']} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _against_reference(found: dict[str, Any]) -> list[str]:
+    """Paired differences of a study that judges none: no p value, no verdict."""
+    (setting, *_) = found["settings"].values()
+    lines = [
+        "Seed by seed, not adjusted, without a verdict:",
+        "",
+        "| arms | outcome | pairs | difference |",
+        "|---|---|---|---|",
+    ]
+    for outcome, arms in setting["differences"].items():
+        for arm, d in arms.items():
+            what = f"| `{arm}` − `{setting['reference']}` | {found['outcomes'][outcome]['title']} | {d['n']} |"
+            lines.append(f"{what} {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] |")
+    return [*lines, ""]
 
 
 def _contrast(one: dict[str, Any], found: dict[str, Any]) -> str:
@@ -109,7 +128,8 @@ def draw(name: str, theme: Theme, path: Path) -> None:
     found = figures(name)
     (setting, *_) = found["settings"].values()
     with rc_context(theme.rc):
-        picture = _dots(found, setting) if len(setting["arms"]) > MOST_LINES else _lines(setting)
+        clear = len(setting["arms"]) <= MOST_LINES and setting["seeds"] >= FEWEST_SEEDS
+        picture = _lines(setting) if clear else _dots(found, setting)
         save(picture, path, theme)
 
 
