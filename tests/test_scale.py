@@ -41,7 +41,7 @@ def leak(recorder: Any, *given: Any, **named: Any) -> None:
     path = recorder.session.folder.path / f"left-{len(LEAKS)}.txt"
     thread = threading.Thread(target=threading.Event().wait, daemon=True)
     thread.start()
-    LEAKS.append((b"x" * (1 << 20), path.open("w"), thread))
+    LEAKS.append((b"x" * (4 << 20), path.open("w"), thread))
 
 
 def watched(soak: dict[str, Any], folder: Path, patch: Callable[[], None]) -> dict[str, bool]:
