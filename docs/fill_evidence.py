@@ -57,13 +57,12 @@ def secondary(name: str, found: dict[str, Any]) -> list[str]:
             d = paired(list(a.values()), [b[seed] for seed in a], level=study.level)
             what = f"| `{one['arm']}` − `{one['against']}` | {found['outcomes'][outcome]['title']} | {len(a)} |"
             lines.append(f"{what} {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] |")
-    head = [
-        "Secondary, seed by seed, not adjusted:",
-        "",
-        "| arms | outcome | pairs | difference |",
-        "|---|---|---|---|",
-    ]
-    return [*head, *lines, ""] if lines else []
+    return differences("Secondary, seed by seed, not adjusted:", lines) if lines else []
+
+
+def differences(title: str, rows: list[str]) -> list[str]:
+    """A table of paired differences."""
+    return [title, "", "| arms | outcome | pairs | difference |", "|---|---|---|---|", *rows, ""]
 
 
 def tables(name: str) -> str:
@@ -95,17 +94,12 @@ def tables(name: str) -> str:
 def _against_reference(found: dict[str, Any]) -> list[str]:
     """Paired differences of a study that judges none: no p value, no verdict."""
     (setting, *_) = found["settings"].values()
-    lines = [
-        "Seed by seed, not adjusted, without a verdict:",
-        "",
-        "| arms | outcome | pairs | difference |",
-        "|---|---|---|---|",
-    ]
+    lines = []
     for outcome, arms in setting["differences"].items():
         for arm, d in arms.items():
             what = f"| `{arm}` − `{setting['reference']}` | {found['outcomes'][outcome]['title']} | {d['n']} |"
             lines.append(f"{what} {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] |")
-    return [*lines, ""]
+    return differences("Seed by seed, not adjusted, without a verdict:", lines)
 
 
 def _contrast(one: dict[str, Any], found: dict[str, Any]) -> str:

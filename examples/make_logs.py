@@ -153,7 +153,7 @@ def run_trl() -> list[dict[str, Tensor]]:
 
     # --8<-- [start:trl]
     kept = ("completion_mask", "old_per_token_logps", "advantages", "sampling_per_token_logps", "tool_mask")
-    batches: deque[dict[str, Tensor]] = deque(maxlen=16)  # the last ones, off the device
+    batches: deque[dict[str, Tensor]] = deque(maxlen=64)  # the last ones, off the device
 
     class Dumping(GRPOTrainer):
         def _get_per_token_logps_and_entropies(self, *args: Any, **named: Any) -> Any:
@@ -165,7 +165,7 @@ def run_trl() -> list[dict[str, Tensor]]:
             if model.training:  # an evaluation comes here too
                 batch = {name: inputs[name] for name in kept if inputs.get(name) is not None}
                 batch |= {"logps": self.made[0], "entropies": self.made[1]}
-                batches.append({name: x.detach().clone().cpu() for name, x in batch.items()})
+                batches.append({name: x.detach().to("cpu", copy=True) for name, x in batch.items()})
             return loss
 
     # --8<-- [end:trl]
@@ -190,7 +190,7 @@ def run_trl() -> list[dict[str, Tensor]]:
             processing_class=AutoTokenizer.from_pretrained(folder),
         )  # fmt: skip
         trainer.train()
-    return batches
+    return list(batches)
 
 
 def trl(out: Path) -> None:

@@ -145,11 +145,11 @@ class Explainer:
             )
         if logits is not None:
             check_tensor("logits", logits, what="a floating-point tensor")
-        if logits is not None and (logits.shape[:-1] != logps.shape or not logits.shape[-1]):
-            raise InputError(
-                f"logits has shape {tuple(logits.shape)}: must be that of logps and the vocabulary, "
-                f"{(*logps.shape, 'vocabulary')}"
-            )
+            if logits.shape[:-1] != logps.shape or not logits.shape[-1]:
+                raise InputError(
+                    f"logits has shape {tuple(logits.shape)}: must be that of logps and the vocabulary, "
+                    f"{(*logps.shape, 'vocabulary')}"
+                )
         given = {"logps": logps, "old_logps": old_logps} | {k: v for k, v in optional.items() if v is not None}
         for name, x in given.items():
             if name not in OPTIONAL and name not in LOGS:

@@ -133,8 +133,10 @@ def _finite(name: str, x: Tensor, mask: Tensor) -> Tensor:
 
 def check_mask(name: str, mask: Tensor, start: int = 0) -> None:
     """Raise InputError for a mask of anything but 0 and 1: NaN, a weight or a label is no answer to yes or no."""
+    if mask.dtype == torch.bool:
+        return
     odd = (mask != 0) & (mask != 1)
-    if mask.dtype != torch.bool and bool(odd.any()):
+    if bool(odd.any()):
         raise InputError(
             f"{name} holds {int(odd.sum()):,} values other than 0 and 1, the first, {float(mask[odd][0]):g}, at "
             f"{_place(odd, start)}: must be 1 for tokens and 0 for padding; mend it"

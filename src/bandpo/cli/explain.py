@@ -60,13 +60,7 @@ def _explain(args: argparse.Namespace) -> None:
         raise InputError(f"--html {args.html}: is the log itself, which would be lost; name another file")
     explainer = Explainer(clip, clip_args=given, anchor=args.anchor, batch=args.batch)
     _check_needs(explainer.clip, args, log)
-    try:
-        for part in log.parts(args.batch):
-            explainer.update(**part)
-        explainer.remarks += log.remarks
-        found = explainer.compute()
-    except InputError as error:
-        raise InputError(f"{log.path}: {str(error).removeprefix(f'{log.path}: ')}") from None
+    found = log.explained(explainer, args.batch)
     result = {"file": str(args.file), "fields": log.fields, **found.to_dict()}
     if args.html:
         from bandpo.lab.explain_page import write_page
@@ -78,7 +72,7 @@ def _explain(args: argparse.Namespace) -> None:
 def _check_needs(clip: Clip, args: argparse.Namespace, log: TokenLog) -> None:
     """Raise for a clip that looks at what the log does not hold."""
     missing = [name for name in clip.needs if name not in log.fields]
-    if missing and args.anchor != "old" and missing == ["rollout_logps"]:
+    if args.anchor != "old" and missing == ["rollout_logps"]:
         raise InputError(
             f"--anchor {args.anchor}: {log.path} has no field rollout_logps; log it, or leave --anchor out"
         )

@@ -124,14 +124,7 @@ def _on_tokens(clip: bandpo.Clip, region: Region | None, args: argparse.Namespac
     from bandpo.analysis.explain import Explainer
     from bandpo.lab.token_log import open_log
 
-    log, explainer = open_log(args.tokens), Explainer(clip, others=False)
-    try:
-        for part in log.parts():
-            explainer.update(**part)
-        explainer.remarks += log.remarks
-        found = explainer.compute()
-    except InputError as error:
-        raise InputError(f"{log.path}: {str(error).removeprefix(f'{log.path}: ')}") from None
+    found = open_log(args.tokens).explained(Explainer(clip, others=False))
     width = None if region is None else _mean_width(region, found.sample["log_p"], args.divergence)
     return {
         "file": str(args.tokens),

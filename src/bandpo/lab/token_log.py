@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from bandpo._input import InputError
+from bandpo.analysis.explain import Explainer
+from bandpo.analysis.explanation import Explanation
 from bandpo.analysis.sanity import check_mask
-from bandpo.lab.token_sources import FORMATS, Block, Jsonl, Npz, Source, broken, open_source
+from bandpo.lab.token_sources import FORMATS, Block, Npz, Source, broken, open_source
 
 PART = 1 << 17  # tokens read at a time
 # what `bandpo.explain` calls it: what files call it (ours, TRL's, verl's)
@@ -81,6 +83,27 @@ class TokenLog:
             part.setdefault("old_logps", part["logps"])
             yield part
 
+    def explained(self, explainer: Explainer, batch: int | None = None) -> Explanation:
+        """Show the whole log to an `Explainer`, and return what it found.
+
+        Args:
+            explainer: a new one.
+            batch: as in `parts`.
+
+        Returns:
+            The explanation, with the remarks of reading.
+
+        Raises:
+            InputError: as `parts` and `Explainer`; names the file.
+        """
+        try:
+            for part in self.parts(batch):
+                explainer.update(**part)
+            explainer.remarks += self.remarks
+            return explainer.compute()
+        except InputError as error:
+            raise InputError(f"{self.path}: {str(error).removeprefix(f'{self.path}: ')}") from None
+
     def _blocks(self, batch: int | None) -> Iterator[Block]:
         """Yield what the source reads, where it can be what its names say."""
         seen = 0
@@ -89,8 +112,7 @@ class TokenLog:
                 if name in block:
                     check_mask(self.fields.get(name, name), torch.tensor(block[name]), seen)
             seen += len(block["logps"])
-            later = self.source.later if isinstance(self.source, Jsonl) else ()
-            if late := [name for name in later if any(name in names for names in NAMES.values())]:
+            if late := [name for name in self.source.later if any(name in names for names in NAMES.values())]:
                 raise InputError(f"{late[0]} is in some lines, and not in the first: must be in all, or in none")
             yield block
 

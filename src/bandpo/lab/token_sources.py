@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bandpo._input import InputError, nearest
-from bandpo.lab.arrow import as_numpy, by_pyarrow
+from bandpo.lab.arrow import Columns, as_numpy, by_pyarrow
 
 Block = dict[str, np.ndarray]  # by our names: logps (batch, token), or (token,) with or without `sequence`
 PER_SEQUENCE = ("advantages", "rewards")  # may be one number a sequence
@@ -29,6 +29,7 @@ class Source(Protocol):
 
     names: list[str]
     remarks: list[str]
+    later: set[str]  # fields met while reading that `names` has not
 
     def blocks(self, fields: Mapping[str, str], size: int, batch: int | None) -> Iterator[Block]:
         """Yield blocks of about `size` tokens; of padded arrays, `batch` sequences at a time."""
@@ -73,6 +74,7 @@ class _Arrays:
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
+        self.later: set[str] = set()
 
     def shape(self, name: str) -> tuple[int, ...]:
         raise NotImplementedError
@@ -265,6 +267,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
+        self.later: set[str] = set()
         self.seen = 0
 
     def tables(self, names: Sequence[str], size: int) -> Iterator[dict[str, Any]]:
@@ -326,7 +329,6 @@ class Jsonl(_Rows):
         if not first:
             raise InputError(f"{path}: is empty; must hold a JSON object on each line")
         self.names = list(self._parse(first, last=False)[0])
-        self.later: set[str] = set()  # fields that lines have, and the first has not
 
     def _parse(self, numbered: list[tuple[int, bytes]], last: bool) -> list[dict[str, Any]]:
         """Parse lines at once, which is several times as fast as one by one; one by one to find what is wrong."""
@@ -354,20 +356,19 @@ class Jsonl(_Rows):
         with self.path.open("rb") as file:
             start = 1
             while text := file.read(TEXT) + file.readline():
-                table = by_pyarrow(text, names, self.names, self.later)
-                if table is None:
-                    table = self._by_hand(text.split(b"\n"), names, start, last=not file.peek(1))
+                table, fields = by_pyarrow(text, names) or self._by_hand(
+                    text.split(b"\n"), names, start, last=not file.peek(1)
+                )
+                self.later |= fields - set(self.names)
                 yield table
                 start += text.count(b"\n")
 
-    def _by_hand(self, lines: list[bytes], names: Sequence[str], start: int, last: bool) -> dict[str, Any]:
-        """Return the columns of lines by the standard library, which also says what is wrong with them."""
+    def _by_hand(self, lines: list[bytes], names: Sequence[str], start: int, last: bool) -> Columns:
+        """Return the columns and fields of lines by the standard library, which also says what is wrong with them."""
         numbered = [(start + i, line) for i, line in enumerate(lines) if line.strip()]
         records = self._parse(numbered, last) if numbered else []
-        known = dict.fromkeys(self.names).keys()
-        self.later.update(*(x.keys() - known for x in records if x.keys() != known))
         try:
-            return {name: [record[name] for record in records] for name in names}
+            return {name: [record[name] for record in records] for name in names}, set().union(*records)
         except KeyError as error:
             row = next(i for i, record in enumerate(records) if error.args[0] not in record)
             raise InputError(f"{self.path}: line {numbered[row][0]} has no {error}: every line must have it") from None
