@@ -131,15 +131,15 @@ def _bins(tokens: Tokens, mask: Tensor | None) -> Tensor:
 def _columns(clip: Clip, t: Tokens, c: Tensor, side: Tensor, capped: Tensor) -> tuple[Tensor, ...]:
     """Return the `FIELDS` of each token."""
     sign, most = torch.sign(t.advantages), MOST_RATIO * t.advantages.abs()
-    rising, shut = above(t.log_r, 0.0), (c == 0).to(c.dtype) * sign.abs()
+    rising, shut = above(t.log_r, 0.0), (c == 0) * sign.abs()
+    shut_above, pushed = shut * rising, (c * sign).clamp_(-most, most)
     # far below any radius a sum over tokens needs no digits; rounding alone is below 0
     kl, tv = (get_divergence(d).of(t, digits=False).clamp_(0.0, MOST_REACHED) for d in ("kl", "tv"))
     own = get_divergence("kl") if clip.boundary is None else clip.boundary.measure
     mine = kl if own is get_divergence("kl") else own.of(t, digits=False).clamp_(0.0, MOST_REACHED)
     return (
         torch.ones_like(c), side.clamp(max=0.0).neg(), side.clamp(min=0.0), capped,
-        shut * (1 - rising), shut * rising,
-        torch.minimum((c * sign).clamp(min=0.0), most), torch.minimum((-c * sign).clamp(min=0.0), most),
+        shut - shut_above, shut_above, pushed.clamp(min=0.0), pushed.clamp(max=0.0).neg_(),
         torch.minimum(t.weighted.abs(), most), kl, tv, mine,
     )  # fmt: skip
 

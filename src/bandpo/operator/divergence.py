@@ -98,7 +98,7 @@ class Divergence:
         Returns:
             Tensor of the tokens' shape, finite.
         """
-        taken, others = move.outcomes()
+        taken, others = move.outcomes
         return self.part(taken, digits).add_(self.part(others, digits)).clamp_(max=LARGE)
 
     def _plain(self, outcome: Mass) -> Tensor:

@@ -117,8 +117,9 @@ class Move:
         """The others' old probability 1 - p, with all its digits near p = 1, at least `certain`."""
         return Others(self, self.log_r).p
 
+    @cached
     def outcomes(self) -> tuple[Taken, Others]:
-        """Return the taken action, and all others merged into one outcome."""
+        """The taken action, and all others merged into one outcome."""
         taken = Taken(self)
         return taken, Others(self, taken.moved)
 
