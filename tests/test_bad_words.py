@@ -163,7 +163,7 @@ YAML = {
     "merge": "<<: 3\n",
     "twice": "seed: 1\nseed: 2\n",
 }  # fmt: skip
-OUTS = ["a\0b", "x" * 300, "/proc/bandpo/run", "/dev/null", "file", "file/run", "\udcff" * 300]
+OUTS = ["a\0b", "file/a\nb", "x" * 300, "/proc/bandpo/run", "/dev/null", "file", "file/run", "\udcff" * 300]
 
 
 @pytest.mark.parametrize("line", BAD_WORDS)

@@ -458,6 +458,10 @@ def test_lists_of_padded_lines_end_where_their_lengths_say(tmp_path: Path) -> No
     lines(tmp_path / "x.jsonl", rows)
     mask = torch.cat([part["mask"] for part in open_log(tmp_path / "x.jsonl").parts()])
     assert mask.sum(1).tolist() == [3, 5, 0, 1] and mask[0].tolist() == [True] * 3 + [False] * 2
+    for n, says in ((2.5, "2.5: must be a whole"), (-1, "-1: must be a whole"), (6, "6: must be at most 5")):
+        lines(tmp_path / "x.jsonl", [*rows, rows[0] | {"lengths": n}])
+        with pytest.raises(ValueError, match=f"lengths of record 5 is {says}"):
+            list(open_log(tmp_path / "x.jsonl").parts())
 
 
 def test_sequences_whose_tokens_are_apart_are_noticed(tmp_path: Path) -> None:

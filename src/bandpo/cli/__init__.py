@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        print(f"bandpo: {visible(error)}", file=sys.stderr)
+        print("bandpo:", visible(error).replace("\n", "⟨U+000A⟩"), file=sys.stderr)  # a file's name may hold one
         return 2
     except BrokenPipeError:  # who read the output has gone; Python must not write to it again as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

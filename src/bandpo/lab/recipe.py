@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError, ValidationInfo
 
-from bandpo._input import InputError, nearest
+from bandpo._input import InputError, as_arguments, nearest
+from bandpo.clips import get_clip
+from bandpo.engines._adapter import HOST
 from bandpo.lab.reading import RecipeFile, Words, read_recipe, read_words
 
 if TYPE_CHECKING:
@@ -328,6 +330,12 @@ def load(source: str | RecipeFile, words: Sequence[str] = (), *, backend: str = 
         raise _one_line(error, where, file.name) from None
     recipe._name, recipe._typed = file.name, typed
     return recipe
+
+
+def check_clip(recipe: Recipe) -> None:
+    """Raise InputError for a clip that cannot be made, before anything heavy is loaded; "host" is the trainer's own."""
+    if recipe.clip != HOST:
+        get_clip(recipe.clip, **as_arguments(recipe.clip_args))
 
 
 def _where(typed: Collection[str], name: str, key: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from bandpo._input import InputError, nearest
+from bandpo.lab import token_values as values
 from bandpo.lab.arrow import Columns, as_numpy, by_pyarrow
 
 Block = dict[str, np.ndarray]  # by our names: logps (batch, token), or (token,) with or without `sequence`
@@ -63,7 +64,7 @@ def open_source(path: Path) -> Source:
 
 def broken(path: Path, error: Exception) -> InputError:
     """Return what to say of a file that a reader failed on."""
-    why = f"{type(error).__name__}: {_short(error)}"
+    why = f"{type(error).__name__}: {values.short(error)}"
     return InputError(f"{path}: cannot be read as {path.suffix} ({why}); write it again")
 
 
@@ -125,12 +126,7 @@ class _Arrays:
         shape = self.shape(name := fields["lengths"])
         if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
             raise InputError(f"{name} has shape {shape}: must be (sequences,), the number of tokens of each")
-        given = self.reader(name)(shape[0]).reshape(-1)
-        whole = np.isfinite(given) & (given >= 0) & (given == np.floor(given))
-        if not whole.all():
-            at = int((~whole).argmax())
-            raise InputError(f"{name} of sequence {at} is {given[at]:g}: must be a whole number of tokens, 0 or more")
-        lengths = given.astype(np.int64)
+        lengths = values.whole(name, "sequence", self.reader(name)(shape[0]).reshape(-1))
         if len(base) == 1 and lengths.sum() != base[0]:
             raise InputError(
                 f"lengths add up to {lengths.sum():,}, and logps has {base[0]:,} tokens: must be the number of tokens "
@@ -189,7 +185,7 @@ class Npz(_Arrays):
     def reader(self, name: str) -> Any:
         """Return a function of n that reads the next n rows of the stream."""
         stream, shape, fortran, dtype = self._open(name)
-        width, own = math.prod(shape[1:]), _native(dtype)
+        width, own = math.prod(shape[1:]), values.native(dtype)
         if fortran and len(shape) > 1:
             whole = np.frombuffer(stream.read(), dtype).astype(own).reshape(shape, order="F")
             rest = iter(whole)
@@ -280,11 +276,12 @@ class _Rows:
             columns = {ours: table[name] for ours, name in fields.items()}
             own, n = columns.pop("lengths", None), len(columns["logps"])
             if n:
-                yield self._lists(columns, own) if _is_lists(columns["logps"]) else self._numbers(columns)
+                yield self._lists(columns, own) if values.is_lists(columns["logps"]) else self._numbers(columns)
             self.seen += n
 
     def _lists(self, columns: dict[str, Any], used: Any = None) -> Block:
-        lengths, own_records = _lengths_of(columns["logps"]), np.arange(self.seen, self.seen + len(columns["logps"]))
+        lengths = values.lengths_of(columns["logps"])
+        own_records = np.arange(self.seen, self.seen + len(lengths))
         if (lengths < 0).any():
             row = self.seen + int((lengths < 0).argmax()) + 1
             raise InputError(f"logps of record {row} is no list, and that of others is: must be a list in every one")
@@ -292,27 +289,39 @@ class _Rows:
         for name, column in columns.items():
             if name == "sequence":
                 continue
-            if not _is_lists(column) and name in PER_SEQUENCE:
-                block[name] = np.repeat(_floats(name, column, own_records, self.dtype), lengths)
+            if not values.is_lists(column) and name in PER_SEQUENCE:
+                block[name] = np.repeat(values.floats(name, column, own_records, self.dtype), lengths)
                 continue
-            if ((own := _lengths_of(column)) != lengths).any():
+            if ((own := values.lengths_of(column)) != lengths).any():
                 row = int((own != lengths).argmax())
                 raise InputError(
                     f"{name} of record {self.seen + row + 1} has {own[row] if own[row] >= 0 else 'no list of'} values, "
                     f"and logps {lengths[row]}: must be as many"
                 )
             flat = np.concatenate(column) if isinstance(column[0], np.ndarray) else list(itertools.chain(*column))
-            block[name] = _floats(name, flat, block["sequence"], self.dtype)
-        if used is not None and "mask" not in block:  # lists may be padded too
-            most = np.repeat(_floats("lengths", used, own_records, self.dtype), lengths)
-            block["mask"] = np.arange(len(most)) - np.repeat(lengths.cumsum() - lengths, lengths) < most
+            block[name] = values.floats(name, flat, block["sequence"], self.dtype)
+        if used is not None:  # lists may be padded too
+            ends = self._ends(used, lengths, own_records)
+            place = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+            block.setdefault("mask", place < np.repeat(ends, lengths))
         return block
+
+    def _ends(self, used: Any, lengths: np.ndarray, records: np.ndarray) -> np.ndarray:
+        """Return how many values of each list are tokens."""
+        ends = values.whole("lengths", "record", values.floats("lengths", used, records, self.dtype), self.seen + 1)
+        if (ends > lengths).any():
+            at = int((ends > lengths).argmax())
+            raise InputError(
+                f"lengths of record {self.seen + at + 1} is {ends[at]:,}: must be at most {lengths[at]:,}, the values "
+                "of its logps"
+            )
+        return ends
 
     def _numbers(self, columns: dict[str, Any]) -> Block:
         records = np.arange(self.seen, self.seen + len(columns["logps"]))
         return {
-            name: _ids(column, records) if name == "sequence" else _floats(name, column, records, self.dtype)
-            for name, column in columns.items()
+            name: values.ids(x, records) if name == "sequence" else values.floats(name, x, records, self.dtype)
+            for name, x in columns.items()
         }
 
 
@@ -399,52 +408,3 @@ class Parquet(_Rows):
 FORMATS: dict[str, Any] = {
     ".npz": Npz, ".pt": Torch, ".pth": Torch, ".bin": Torch, ".jsonl": Jsonl, ".parquet": Parquet,
 }  # fmt: skip
-
-
-def _native(dtype: np.dtype) -> np.dtype:
-    """Return the type as PyTorch has it: of this machine's byte order, and no wider than 64 bits."""
-    return np.dtype(np.float64) if dtype.kind == "f" and dtype.itemsize > 8 else dtype.newbyteorder("=")
-
-
-def _is_lists(column: Any) -> bool:
-    return len(column) > 0 and isinstance(column[0], (list, np.ndarray))
-
-
-def _lengths_of(column: Any) -> np.ndarray:
-    """Return the length of each list, -1 for what is none."""
-    return np.array([len(x) if isinstance(x, (list, np.ndarray)) else -1 for x in column])
-
-
-def _ids(values: Any, records: np.ndarray) -> np.ndarray:
-    """Return what names the sequences as an array."""
-    if isinstance(values, np.ndarray) and values.dtype != object:
-        return values
-    bad = next((i for i, x in enumerate(values) if isinstance(x, (list, dict, np.ndarray))), None)
-    if bad is not None:
-        found = _short(repr(values[bad]))
-        raise InputError(f"sequence of record {records[bad] + 1} is {found}: must be a number or a word")
-    return np.asarray(values)
-
-
-def _floats(name: str, values: Any, records: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """Return numbers as an array, null as NaN; in float32 unless they have a type of their own, and none is given."""
-    own = values.dtype if isinstance(values, np.ndarray) and values.dtype.kind == "f" else np.dtype(np.float32)
-    try:
-        found = np.array(values, dtype=dtype or own)
-        if found.ndim == 1 and not (isinstance(values, np.ndarray) and values.dtype.kind in "mM"):
-            return found
-    except (TypeError, ValueError, OverflowError):
-        pass
-    bad = next((i for i, x in enumerate(values) if not _is_number(x)), 0)
-    raise InputError(f"{name} of record {records[bad] + 1} is {_short(repr(values[bad]))}: must be a number")
-
-
-def _is_number(x: Any) -> bool:
-    try:
-        return np.array(x, np.float32).ndim == 0
-    except (TypeError, ValueError, OverflowError):  # the last: a whole number of hundreds of digits
-        return False
-
-
-def _short(said: object) -> str:
-    return " ".join(str(said).split())[:120]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bandpo._input import InputError, nearest
 from bandpo.clips.base import Clip, Region
 from bandpo.operator.family import get_divergence
 from bandpo.operator.tokens import Tokens, above
@@ -31,6 +32,7 @@ MOST_REACHED = 1e29  # nor a divergence for more than this, so that sums stay fi
 _NAMES = (*COUNTS[1:], "zero_grad", *GRADIENTS[:2], *(f"{m}_{x}" for x in ("mean", "max") for m in MEASURES), "share")
 _ROWS = tuple(f"{sign}{bucket}" for sign in ("", "/pos", "/neg") for bucket in ("", *(f"/{b}" for b in BUCKETS)))
 _PLACES = {f"{name}{row}": i for i, (row, name) in enumerate((r, n) for r in _ROWS for n in _NAMES)}  # of all metrics
+_NAMED = tuple(name for name in _PLACES if name != "share")  # which is 1
 PIECE, LARGE_PIECE = 1 << 14, 1 << 22  # tokens counted at a time on a CPU, and elsewhere: little memory, exact sums
 
 
@@ -60,14 +62,23 @@ class ClipStats:
 
         Args:
             prefix: put before each name.
-            only: the names wanted, as `BRIEF`; all when None.
+            only: the names wanted, as `BRIEF`, or one; all when None.
 
         Returns:
             outside_below, outside_above, capped, zero_grad_below, zero_grad_above, zero_grad (shares of the tokens);
             gradient_kept, gradient_opposed (shares of sum |r A|); kl_mean, kl_max, tv_mean, tv_max, divergence_mean,
             divergence_max (reached, the last pair in the clip's own measure). The same by bucket as NAME/BUCKET, with
             share/BUCKET; and for A > 0 and A < 0 alone as NAME/pos, NAME/pos/BUCKET, NAME/neg, NAME/neg/BUCKET.
+
+        Raises:
+            InputError: `only` names what there is not.
         """
+        wanted = _NAMED if only is None else (only,) if isinstance(only, str) else tuple(only)
+        if unknown := [name for name in wanted if name not in _PLACES]:
+            raise InputError(
+                f"only={wanted!r}: {unknown[0]!r} is no metric{nearest(unknown[0], _NAMED)}; must be names such as "
+                f"{', '.join(BRIEF[-4:])}, or None for all"
+            )
         rows = torch.stack([self.sums.sum(0), self.sums[2], self.sums[0]])  # all signs, A > 0, A < 0
         rows = torch.cat([rows.sum(1, keepdim=True), rows], 1)
         most = torch.stack([self.maxima.amax(0), self.maxima[2], self.maxima[0]])
@@ -77,7 +88,7 @@ class ClipStats:
         kept = kept / torch.where(free > 0, free, 1.0)
         zero = shares[..., -2:].sum(-1, keepdim=True)
         table = torch.cat([shares, zero, kept, reached / tokens, most, counts[..., :1] / tokens[0, 0]], -1).float()
-        found, wanted = table.flatten(), [name for name in _PLACES if name != "share"] if only is None else only
+        found = table.flatten()
         return {prefix + name: found[_PLACES[name]] for name in wanted}
 
 
@@ -134,9 +145,11 @@ def _columns(clip: Clip, t: Tokens, c: Tensor, side: Tensor, capped: Tensor) -> 
     rising, shut = above(t.log_r, 0.0), (c == 0) * sign.abs()
     shut_above, pushed = shut * rising, (c * sign).clamp_(-most, most)
     # far below any radius a sum over tokens needs no digits; rounding alone is below 0
-    kl, tv = (get_divergence(d).of(t, digits=False).clamp_(0.0, MOST_REACHED) for d in ("kl", "tv"))
-    own = get_divergence("kl") if clip.boundary is None else clip.boundary.measure
-    mine = kl if own is get_divergence("kl") else own.of(t, digits=False).clamp_(0.0, MOST_REACHED)
+    nats = get_divergence("kl")
+    own = nats if clip.boundary is None else clip.boundary.measure
+    kl = nats.of(t, digits=False).clamp_(0.0, MOST_REACHED)
+    tv = t.outcomes[0].moved.abs().clamp_(max=MOST_REACHED)  # |q - p|
+    mine = kl if own is nats else own.of(t, digits=False).clamp_(0.0, MOST_REACHED)
     return (
         torch.ones_like(c), side.clamp(max=0.0).neg(), side.clamp(min=0.0), capped,
         shut - shut_above, shut_above, pushed.clamp(min=0.0), pushed.clamp(max=0.0).neg_(),

@@ -9,7 +9,7 @@ from typing import Any
 
 from bandpo._input import InputError
 from bandpo.lab.reading import RecipeFile
-from bandpo.lab.recipe import Recipe, load, shown
+from bandpo.lab.recipe import Recipe, check_clip, load, shown
 from bandpo.lab.run import origin
 from bandpo.lab.run.display import Display
 from bandpo.lab.run.folder import RunFolder
@@ -195,6 +195,7 @@ def open_session(
         )
     if not there:
         recipe = load(file, words, backend=engine)
+        check_clip(recipe)
         return Session(recipe, folder, display, engine, command(words), words, compare=compare, warmup=warmup)
     facts, stored = folder.facts, folder.stored_recipe()
     known = [*facts.overrides, *words]

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bandpo._input import InputError, as_arguments
-from bandpo.clips import get_clip
+from bandpo._input import InputError
 from bandpo.lab.models import TINY
 from bandpo.lab.reading import RecipeFile, read_recipe
-from bandpo.lab.recipe import Recipe, load
+from bandpo.lab.recipe import Recipe, check_clip, load
 from bandpo.lab.study.file import Study
 
-HOST = "host"  # the engine's own clip, only measured
 LATE_ONES = ("late_accuracy", "late_pass_at_k")
 MERGED = ("trl", "task_args")  # of these an arm or a setting changes single keys; clip_args come with their clip
 
@@ -120,8 +118,7 @@ def _recipe(base: dict[str, Any], study: Study, arm: str, setting: str, words: S
     keys.pop("seed", None)
     try:
         recipe = load(RecipeFile(study.name, keys), words)
-        if recipe.clip != HOST:
-            get_clip(recipe.clip, **as_arguments(recipe.clip_args))
+        check_clip(recipe)
     except InputError as error:
         raise InputError(f"arm {arm}, setting {setting}: {error}") from None
     if late := [name for name in study.outcomes if name in LATE_ONES and not recipe.eval_every]:
