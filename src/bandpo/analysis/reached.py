@@ -72,7 +72,8 @@ class Reached:
 
     def _add_moves(self, move: Move, advantages: Tensor, weighted: Tensor) -> None:
         """Count how far tokens went: all of them, and those that went where their advantage pushes."""
-        found = [get_divergence(name).of(move).clamp_(0.0, MOST_REACHED) for name in MEASURES]
+        both = move.outcomes()
+        found = [get_divergence(name).of(both).clamp_(0.0, MOST_REACHED) for name in MEASURES]
         for name, reached in zip(MEASURES, found, strict=True):
             self.all[name].add(reached)
             self.largest[name] = max(self.largest[name], float(reached.max()))

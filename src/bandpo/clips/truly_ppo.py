@@ -90,6 +90,6 @@ class TrulyPpo(Clip):
     def coefficient(self, tokens: Tokens) -> Tensor:
         """Return r A, with the pull outside and outward."""
         side = self.boundary.side(tokens)
-        pull = self.slope * tokens.moved / tokens.outcomes[1].q
+        pull = self.slope * tokens.moved / tokens.outcomes()[1].q
         outward = side * tokens.advantages > 0
         return torch.where(outward, tokens.weighted - pull, tokens.weighted)

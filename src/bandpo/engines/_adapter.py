@@ -20,9 +20,10 @@ from bandpo._input import InputError, as_arguments, nearest
 from bandpo.clips import anchored
 from bandpo.clips.anchored import Anchored
 from bandpo.clips.base import MOST
-from bandpo.loss.stats import BRIEF, BUCKETS, FIELDS, HOW_MUCH, SIGNS, count
+from bandpo.loss.stats import BRIEF, BUCKETS, FIELDS, SIGNS, count
 
 CLIP = Band.name  # the clip of every adapter whose user names none
+HOW_MUCH = ("brief", "full", "none")  # of the metrics is logged
 HOST = "host"  # the clip that leaves the host's own alone and only measures
 
 # Nine sums, enough for all of BRIEF but `capped`.

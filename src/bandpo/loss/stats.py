@@ -26,13 +26,11 @@ BRIEF = (
     "outside_below", "outside_above", "capped", "zero_grad_below", "zero_grad_above", "zero_grad",
     "gradient_kept", "gradient_opposed", "kl_mean",
 )  # fmt: skip
-HOW_MUCH = ("brief", "full", "none")
 MOST_RATIO = math.exp(20.0)  # no gradient counts for more than e^20 |A|
 MOST_REACHED = 1e29  # nor a divergence for more than this, so that sums stay finite
 _NAMES = (*COUNTS[1:], "zero_grad", *GRADIENTS[:2], *(f"{m}_{x}" for x in ("mean", "max") for m in MEASURES), "share")
 _ROWS = tuple(f"{sign}{bucket}" for sign in ("", "/pos", "/neg") for bucket in ("", *(f"/{b}" for b in BUCKETS)))
 _PLACES = {f"{name}{row}": i for i, (row, name) in enumerate((r, n) for r in _ROWS for n in _NAMES)}  # of all metrics
-_NAMED = tuple(name for name in _PLACES if name != "share")  # which is 1
 PIECE, LARGE_PIECE = 1 << 14, 1 << 22  # tokens counted at a time on a CPU, and elsewhere: little memory, exact sums
 
 
@@ -73,22 +71,18 @@ class ClipStats:
         Raises:
             InputError: `only` names what there is not.
         """
-        wanted = _NAMED if only is None else (only,) if isinstance(only, str) else tuple(only)
-        if unknown := [name for name in wanted if name not in _PLACES]:
-            raise InputError(
-                f"only={wanted!r}: {unknown[0]!r} is no metric{nearest(unknown[0], _NAMED)}; must be names such as "
-                f"{', '.join(BRIEF[-4:])}, or None for all"
-            )
+        every = [name for name in _PLACES if name != "share"]  # which is 1
+        wanted = every if only is None else [only] if isinstance(only, str) else list(only)
+        for name in set(wanted) - _PLACES.keys():
+            raise InputError(f"only={name!r}: is no metric{nearest(name, every)}; must be one, or None for all")
         rows = torch.stack([self.sums.sum(0), self.sums[2], self.sums[0]])  # all signs, A > 0, A < 0
         rows = torch.cat([rows.sum(1, keepdim=True), rows], 1)
         most = torch.stack([self.maxima.amax(0), self.maxima[2], self.maxima[0]])
         most = torch.cat([most.amax(1, keepdim=True), most], 1).to(rows.dtype)
-        counts, kept, free, reached = torch.split(rows, [len(COUNTS), 2, 1, len(MEASURES)], -1)
-        tokens, shares = counts[..., :1].clamp(min=1.0), counts[..., 1:] / counts[..., :1].clamp(min=1.0)
-        kept = kept / torch.where(free > 0, free, 1.0)
-        zero = shares[..., -2:].sum(-1, keepdim=True)
-        table = torch.cat([shares, zero, kept, reached / tokens, most, counts[..., :1] / tokens[0, 0]], -1).float()
-        found = table.flatten()
+        n, counts, kept, free, reached = torch.split(rows, [1, len(COUNTS) - 1, 2, 1, len(MEASURES)], -1)
+        tokens, shares = n.clamp(min=1.0), counts / n.clamp(min=1.0)
+        kept, zero = kept / torch.where(free > 0, free, 1.0), shares[..., -2:].sum(-1, keepdim=True)
+        found = torch.cat([shares, zero, kept, reached / tokens, most, n / tokens[0, 0]], -1).float().flatten()
         return {prefix + name: found[_PLACES[name]] for name in wanted}
 
 
@@ -115,9 +109,8 @@ def count(clip: Clip, tokens: Tokens, c: Tensor) -> ClipStats:
         sums += torch.zeros(len(FIELDS), bins, dtype=c.dtype, device=c.device).index_add(1, index, rows)
         reached = rows[-len(MEASURES) :]
         maxima = maxima.scatter_reduce(1, index.expand_as(reached), reached, "amax")
-    shape = (len(SIGNS), len(BUCKETS), -1)
     # contiguous, because torch.distributed reduces memory, whatever the strides
-    return ClipStats(*(x[:, :-1].T.contiguous().view(shape) for x in (sums, maxima)))
+    return ClipStats(*(x[:, :-1].T.contiguous().view(len(SIGNS), len(BUCKETS), -1) for x in (sums, maxima)))
 
 
 def _sides(region: Region | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -141,18 +134,16 @@ def _bins(tokens: Tokens, mask: Tensor | None) -> Tensor:
 
 def _columns(clip: Clip, t: Tokens, c: Tensor, side: Tensor, capped: Tensor) -> tuple[Tensor, ...]:
     """Return the `FIELDS` of each token."""
-    sign, most = torch.sign(t.advantages), MOST_RATIO * t.advantages.abs()
-    rising, shut = above(t.log_r, 0.0), (c == 0) * sign.abs()
-    shut_above, pushed = shut * rising, (c * sign).clamp_(-most, most)
+    sign, most, rising = torch.sign(t.advantages), MOST_RATIO * t.advantages.abs(), above(t.log_r, 0.0)
+    shut, pushed = (c == 0) * sign.abs(), (c * sign).clamp_(-most, most)
     # far below any radius a sum over tokens needs no digits; rounding alone is below 0
-    nats = get_divergence("kl")
-    own = nats if clip.boundary is None else clip.boundary.measure
-    kl = nats.of(t, digits=False).clamp_(0.0, MOST_REACHED)
-    tv = t.outcomes[0].moved.abs().clamp_(max=MOST_REACHED)  # |q - p|
-    mine = kl if own is nats else own.of(t, digits=False).clamp_(0.0, MOST_REACHED)
+    nats, own = get_divergence("kl"), get_divergence("kl") if clip.boundary is None else clip.boundary.measure
+    both = t.outcomes()
+    kl, tv = nats.of(both, digits=False).clamp_(0.0, MOST_REACHED), both[0].moved.abs().clamp_(max=MOST_REACHED)
+    mine = kl if own is nats else own.of(both, digits=False).clamp_(0.0, MOST_REACHED)
     return (
         torch.ones_like(c), side.clamp(max=0.0).neg(), side.clamp(min=0.0), capped,
-        shut - shut_above, shut_above, pushed.clamp(min=0.0), pushed.clamp(max=0.0).neg_(),
+        shut * (1 - rising), shut * rising, pushed.clamp(min=0.0), pushed.clamp(max=0.0).neg_(),
         torch.minimum(t.weighted.abs(), most), kl, tv, mine,
     )  # fmt: skip
 

@@ -88,17 +88,17 @@ class Divergence:
             direct = torch.where(rise.abs() < self.radius, taylor * rise * outcome.moved, direct)
         return direct
 
-    def of(self, move: Move, digits: bool = True) -> Tensor:
+    def of(self, move: Move | tuple[Taken, Others], digits: bool = True) -> Tensor:
         """Return g_f per token, in nats for kl.
 
         Args:
-            move: the tokens' moves.
+            move: the tokens' moves, or their outcomes, which several divergences can share.
             digits: whether values far below delta need their digits too.
 
         Returns:
             Tensor of the tokens' shape, finite.
         """
-        taken, others = move.outcomes
+        taken, others = move.outcomes() if isinstance(move, Move) else move
         return self.part(taken, digits).add_(self.part(others, digits)).clamp_(max=LARGE)
 
     def _plain(self, outcome: Mass) -> Tensor:

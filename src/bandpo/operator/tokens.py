@@ -117,9 +117,8 @@ class Move:
         """The others' old probability 1 - p, with all its digits near p = 1, at least `certain`."""
         return Others(self, self.log_r).p
 
-    @cached
     def outcomes(self) -> tuple[Taken, Others]:
-        """The taken action, and all others merged into one outcome."""
+        """Return the taken action, and all others merged into one outcome; made anew, as they hold much memory."""
         taken = Taken(self)
         return taken, Others(self, taken.moved)
 
