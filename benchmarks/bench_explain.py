@@ -1,8 +1,8 @@
-"""`bandpo explain` on a million tokens, in every form of log: processor time and peak memory of the whole command.
+"""`bandpo explain` on a million tokens, in every form of log: time and peak memory of the whole command.
 
-The time is user and system together, Python's start and PyTorch's import included, because machines that run other
-things make wall time say little; they lengthen processor time too, so the import of PyTorch alone and the machine's
-load stand beside it. Each form is run `--rounds` times in turn with one thread; the median is written.
+Processor time is user and system together, Python's start and PyTorch's import included. Machines that run other things
+lengthen it, and wall time more, so the import of PyTorch alone and the machine's load stand beside both. Each form is
+run `--rounds` times in turn with one thread; the medians are written.
 Every log holds the same tokens: log-probabilities, old ones, advantages, a mask, those of the rollout engine and the
 entropies; a run's folder has the first three alone. Target: <= 5 s and <= 1 GB.
 """
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,21 @@ def make(folder: Path, rows: int) -> None:
     (folder / "run" / "run.json").write_text(json.dumps({"clip": "band", "clip_args": {"delta": 0.05}}))
 
 
-def measure(*words: str) -> tuple[float, float, int]:
-    """Run Python; return its processor seconds, its peak memory in MB and the tokens that it counted."""
+def measure(*words: str) -> tuple[float, float, float, int]:
+    """Run Python; return its seconds of wall and of processor, its peak memory in MB and the tokens that it counted."""
     command = [sys.executable, *words]
     with tempfile.TemporaryFile() as out:
+        start = time.perf_counter()
         child = subprocess.Popen(command, stdout=out, env=ENVIRONMENT)
         _, status, used = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}")
         out.seek(0)
         text = out.read()
     tokens = json.loads(text)["counts"]["tokens"] if text else 0
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, tokens
+    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, tokens
 
 
 def main() -> None:
@@ -126,17 +129,18 @@ def main() -> None:
         logs = {path.name: path for path in sorted(Path(folder).iterdir())}
         commands = {f"bandpo explain {name}": ("-m", "bandpo", "explain", str(x), "--json") for name, x in logs.items()}
         commands = {"import torch": ("-c", "import torch"), **commands}
-        found: dict[str, list[tuple[float, float, int]]] = {what: [] for what in commands}
+        found: dict[str, list[tuple[float, float, float, int]]] = {what: [] for what in commands}
         for _ in range(args.rounds):
             for what, words in commands.items():
                 found[what].append(measure(*words))
         rows = [
             {
                 "what": what,
-                "tokens": runs[0][2],
-                "processor_seconds": statistics.median(x[0] for x in runs),
-                "processor_seconds_most": max(x[0] for x in runs),
-                "peak_megabytes": max(x[1] for x in runs),
+                "tokens": runs[0][3],
+                "seconds": statistics.median(x[0] for x in runs),
+                "processor_seconds": statistics.median(x[1] for x in runs),
+                "processor_seconds_most": max(x[1] for x in runs),
+                "peak_megabytes": max(x[2] for x in runs),
                 "load_average": os.getloadavg()[1],
             }
             for what, runs in found.items()

@@ -11,11 +11,12 @@ DEEP = 1000  # brackets in a line of JSON
 Columns = tuple[dict[str, Any], set[str]]  # those wanted, by name; the names of all that there are
 
 
-def by_pyarrow(text: bytes, names: Sequence[str]) -> Columns | None:
+def by_pyarrow(text: bytes, lines: int, names: Sequence[str]) -> Columns | None:
     """Read JSON lines in a third of the time that the standard library takes.
 
     Args:
         text: whole lines.
+        lines: how many these are.
         names: the fields wanted.
 
     Returns:
@@ -24,10 +25,10 @@ def by_pyarrow(text: bytes, names: Sequence[str]) -> Columns | None:
     """
     try:
         import pyarrow.json  # type: ignore[import-untyped]
+        from pyarrow import types
     except ImportError:
         return None
-    lines = text.count(b"\n") + (not text.endswith(b"\n"))
-    if b"null" in text or _is_deep(text, lines):  # pyarrow 26 loses the nulls that a column's lists begin with
+    if _is_deep(text, lines):
         return None
     options = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text))  # no line may be longer than a block
     try:
@@ -37,7 +38,8 @@ def by_pyarrow(text: bytes, names: Sequence[str]) -> Columns | None:
     if table.num_rows != lines or not set(names) <= set(table.column_names):  # a line is blank, or has no such field
         return None
     plain = all(_is_plain(table[name].type, name) and not table[name].null_count for name in names)
-    if not plain:
+    lists = any(types.is_list(table[name].type) for name in names)
+    if not plain or (lists and b"null" in text):  # pyarrow 26 loses the nulls that a column's lists begin with
         return None
     return {name: as_numpy(table[name].combine_chunks()) for name in names}, set(table.column_names)
 

@@ -365,12 +365,13 @@ class Jsonl(_Rows):
         with self.path.open("rb") as file:
             start = 1
             while text := file.read(TEXT) + file.readline():
-                table, fields = by_pyarrow(text, names) or self._by_hand(
+                lines = text.count(b"\n") + (not text.endswith(b"\n"))
+                table, fields = by_pyarrow(text, lines, names) or self._by_hand(
                     text.split(b"\n"), names, start, last=not file.peek(1)
                 )
                 self.later |= fields - set(self.names)
                 yield table
-                start += text.count(b"\n")
+                start += lines
 
     def _by_hand(self, lines: list[bytes], names: Sequence[str], start: int, last: bool) -> Columns:
         """Return the columns and fields of lines by the standard library, which also says what is wrong with them."""
