@@ -1,9 +1,10 @@
 """A whole TRL step that is measured against the same step that is not, taken in turn in one process.
 
 The measured one is BandGRPOTrainer with clip="host": TRL's own loss, unchanged, and beside it what its clip does.
-Both run their ordinary `train()`, one rollout with all its updates at a time. Target: <= 1.02. verl's step with its own
-loss measured is the arm "host" of bench_verl_step.py (--arms host --name monitor_verl).
-Beside it, `Monitor.update` alone, by the token and by the update.
+Both run their ordinary `train()`, one rollout with all its updates at a time. Target: <= 1.02. On a busy machine the
+two differ by several percent whatever they do; so there is also the measured steps' time over the same less what the
+measuring took in them, "in place". verl's step with its own loss measured is the arm "host" of bench_verl_step.py
+(--arms host --name monitor_verl). Beside it, `Monitor.update` alone, by the token and by the update.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import torch
 import transformers
 import trl
 from bench_trl_step import PROMPTS, SIZES, Baton
-from common import ratios, write
+from common import Spent, ratios, write
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl_support import digits, make_tokenizer
 
 import bandpo
+from bandpo.engines import trl as engine
 from bandpo.engines.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.loss.stats import BRIEF
 
@@ -67,10 +69,14 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     for arm, baton in sides.items():
         threading.Thread(target=make(arm, size, rounds, baton).train, daemon=True).start()
         baton.finish()
-    arms = list(ARMS)
+    arms, taken, spent = list(ARMS), [], Spent()
+    spent.on(engine, "clip_stats")
+    spent.on(BandGRPOTrainer, "_take_metrics")
     for i in range(rounds):
+        before = spent.seconds
         for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
             sides[arm].turn()
+        taken.append(spent.seconds - before)
     warm = max(2, rounds // 10)
     times = {arm: baton.times[warm:] for arm, baton in sides.items()}
     row: dict[str, Any] = {"what": f"TRL rollout with its updates, {name}", "trl": trl.__version__}
@@ -82,7 +88,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         for arm in arms[1:]:
             found = ratios(own, [x[i] for x in times[arm]])
             row |= {f"{arm}: {clock}_ratio_{place}": value for place, value in found.items()}
-    return row
+    whole = [x[0] for x in times["measured"]]
+    rest = [step - own for step, own in zip(whole, taken[warm:], strict=True)]
+    return row | {f"measured: in_place_ratio_{place}": value for place, value in ratios(rest, whole).items()}
 
 
 def alone(clip: str, rows: int = 64, columns: int = 1024, rounds: int = 10) -> dict[str, Any]:

@@ -26,7 +26,7 @@ warnings.simplefilter("ignore")
 import hydra  # noqa: E402
 import torch  # noqa: E402
 import verl.trainer  # noqa: E402
-from common import ratios, write  # noqa: E402
+from common import Spent, ratios, write  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
@@ -35,6 +35,8 @@ from verl.workers.config import TrainingWorkerConfig  # noqa: E402
 from verl.workers.engine_workers import TrainingWorker  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 from verl.workers.utils.padding import left_right_2_no_padding  # noqa: E402
+
+from bandpo.engines import verl as engine  # noqa: E402
 
 # name: width, layers, vocabulary, responses in a micro-batch (= an update), tokens in a prompt and in a response
 SIZES = {"tiny": (64, 2, 64, 32, 8, 8), "small": (256, 4, 1024, 16, 16, 48), "medium": (512, 6, 4096, 8, 32, 128)}
@@ -126,13 +128,16 @@ def measure(name: str, rounds: int, arms: dict[str, list[str]]) -> dict[str, Any
         actors = {key: omega_conf_to_dataclass(config.actor) for key, config in configs.items()}
         worker = make_worker(configs["verl"], actors["verl"])
     data, times, logged = make_rollout(size), {key: [] for key in actors}, {}
+    spent, rest = Spent(), []  # by the measuring in the arm "host"
+    spent.on(engine, "_measured")
     for i in range(rounds + 2):
         for key in [*arms][i % len(arms) :] + [*arms][: i % len(arms)]:
             worker.set_loss_fn(partial(ppo_loss, config=actors[key]))
-            start = time.process_time(), time.perf_counter()
+            start, before = (time.process_time(), time.perf_counter()), spent.seconds
             output = worker.train_mini_batch(data=data.clone())
             if i >= 2:
                 times[key].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+                rest += [times[key][-1][0] - (spent.seconds - before)] if key == "host" else []
             logged[key] = tensordict_utils.get(output, "metrics")
     assert all(("actor/clip/tokens_sum" in metrics) == (key != "verl") for key, metrics in logged.items())
     row: dict[str, Any] = {"what": f"verl actor update, {name}", "verl": verl.__version__}
@@ -144,6 +149,9 @@ def measure(name: str, rounds: int, arms: dict[str, list[str]]) -> dict[str, Any
         for key in [key for key in arms if key != "verl"]:
             found = ratios(own, [x[i] for x in times[key]])
             row |= {f"{key}: {clock}_ratio_{place}": value for place, value in found.items()}
+    if rest:
+        found = ratios(rest, [x[0] for x in times["host"]])
+        row |= {f"host: in_place_ratio_{place}": value for place, value in found.items()}
     return row
 
 
