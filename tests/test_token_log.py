@@ -349,6 +349,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "mask is in other batches, and not in batch 2",
     ),
     "empty lines": ("x.jsonl", b"\n\n", "is empty; must hold a JSON object"),
+    "ends in no json": ("x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\nhello\n', "line 2 is not JSON"),
     "no json": ("x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\nhello\n{}\n', "line 2 is not JSON"),
     "no object": ("x.jsonl", b'{"logps": -1, "old_logps": -1, "advantages": 1}\n7\n', "line 2: must be a JSON object"),
     "a line without a field": (

@@ -337,9 +337,9 @@ class Jsonl(_Rows):
             first = next(([numbered] for numbered in enumerate(file, 1) if numbered[1].strip()), None)
         if not first:
             raise InputError(f"{path}: is empty; must hold a JSON object on each line")
-        self.names = list(self._parse(first, last=False)[0])
+        self.names = list(self._parse(first, cut=False)[0])
 
-    def _parse(self, numbered: list[tuple[int, bytes]], last: bool) -> list[dict[str, Any]]:
+    def _parse(self, numbered: list[tuple[int, bytes]], cut: bool) -> list[dict[str, Any]]:
         """Parse lines at once, which is several times as fast as one by one; one by one to find what is wrong."""
         try:
             found = json.loads(b"[%s]" % b",".join(line for _, line in numbered))
@@ -351,7 +351,7 @@ class Jsonl(_Rows):
                 try:
                     found.append(json.loads(line))
                 except (ValueError, RecursionError) as error:
-                    if last and number == numbered[-1][0]:
+                    if cut and number == numbered[-1][0]:
                         self.remarks.append(f"line {number} is cut short, and left out")
                         break
                     raise InputError(f"{self.path}: line {number} is not JSON ({error}); mend it") from None
@@ -365,18 +365,19 @@ class Jsonl(_Rows):
         with self.path.open("rb") as file:
             start = 1
             while text := file.read(TEXT) + file.readline():
-                lines = text.count(b"\n") + (not text.endswith(b"\n"))
+                ends = text.endswith(b"\n")  # a line that a kill cut short does not
+                lines = text.count(b"\n") + (not ends)
                 table, fields = by_pyarrow(text, lines, names) or self._by_hand(
-                    text.split(b"\n"), names, start, last=not file.peek(1)
+                    text.split(b"\n"), names, start, cut=not ends
                 )
                 self.later |= fields - set(self.names)
                 yield table
                 start += lines
 
-    def _by_hand(self, lines: list[bytes], names: Sequence[str], start: int, last: bool) -> Columns:
+    def _by_hand(self, lines: list[bytes], names: Sequence[str], start: int, cut: bool) -> Columns:
         """Return the columns and fields of lines by the standard library, which also says what is wrong with them."""
         numbered = [(start + i, line) for i, line in enumerate(lines) if line.strip()]
-        records = self._parse(numbered, last) if numbered else []
+        records = self._parse(numbered, cut) if numbered else []
         try:
             return {name: [record[name] for record in records] for name in names}, set().union(*records)
         except KeyError as error:
