@@ -353,6 +353,22 @@ def test_idle_clips_are_told_apart() -> None:
     )
     acts = bandpo.explain(**t)  # type: ignore[arg-type]
     assert acts.idle["why"] is None and not acts.idle["idle"]
+    halves = bandpo.get_clip("cispo", eps_high=-0.5)  # acts where every ratio is 1
+    half = bandpo.explain(**t | {"logps": t["old_logps"].clone()}, clip=halves)  # type: ignore[arg-type]
+    assert not half.idle["idle"] and half.effect[0]["gradient_kept"] == 0.5
+
+
+def test_a_clip_that_takes_nothing_and_opposes_is_not_said_to_do_nothing() -> None:
+    old = torch.full((2, 8), math.log(0.5))
+    new, advantages = old + torch.tensor([[0.2], [-0.2]]), torch.tensor([1.0, -1.0])
+
+    class Turns:
+        def coefficient(self, t: bandpo.Tokens) -> torch.Tensor:
+            return torch.where(torch.arange(8) == 0, -0.1, 1.2) * t.weighted
+
+    found = bandpo.explain(new, old, advantages, clip=Turns())
+    assert found.equivalent["by"] == "other" and found.equivalent["fixed"] is None and not found.idle["idle"]
+    assert "no bound of the ratio changes gradients as this clip" in str(found) and "took nothing" not in str(found)
 
 
 def test_rare_tokens_and_the_update_without_ratio_are_noticed() -> None:

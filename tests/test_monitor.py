@@ -91,6 +91,23 @@ def test_monitors_merge() -> None:
     want = bandpo.clip_stats(**whole(batch(0), batch(1))).metrics()
     same(one.compute(), want)
     same(neither.compute(), want)
+    wider = bandpo.Monitor(clip_args={"delta": 0.5})
+    for stranger, says in (
+        (bandpo.Monitor("fixed"), "measures Fixed"),
+        (wider, "delta=0.5"),
+        ("x", "a bandpo.Monitor"),
+    ):
+        with pytest.raises(InputError, match=says):
+            one.merge(stranger)  # type: ignore[arg-type]
+
+
+def test_a_clip_keeps_all_of_the_gradient_where_there_is_none() -> None:
+    monitor, tokens = bandpo.Monitor("fixed"), batch(0)
+    monitor.update(**tokens | {"advantages": torch.zeros(6)})
+    found = monitor.compute("")
+    assert found["gradient_kept"] == 1 and found["zero_grad"] == found["gradient_opposed"] == 0
+    monitor.update(**tokens)
+    assert monitor.compute("")["gradient_kept"] == bandpo.clip_stats(**tokens, clip="fixed").metrics()["gradient_kept"]
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -151,6 +151,7 @@ HOSTS = [
     ({"delta": 1.1}, bandpo.get_clip("dual_clip", eps_high=1.1 - 1, cap=1.1)),
     ({"importance_sampling_level": "sequence", "epsilon": 3e-4}, bandpo.get_clip("gspo", eps_high=3e-4)),
     ({"loss_type": "vespo"}, bandpo.get_clip("vespo")),
+    ({"epsilon": 2.0, "epsilon_high": 0.2}, bandpo.Fixed(1.0, 0.2)),  # no bound below
 ]
 
 
@@ -175,6 +176,14 @@ def test_a_loss_that_the_registry_has_not_is_none(tmp_path):
     args = make_trainer(tmp_path, GRPOTrainer, loss_type="vespo").args
     args.use_vllm = True  # then TRL multiplies W by its importance correction
     assert clip_of(args) is None
+    sequence = {"importance_sampling_level": "sequence"}
+    for own in (sequence | {"loss_type": "sapo"}, sequence | {"loss_type": "cispo"}, sequence | {"delta": 3.0},
+                {"epsilon_high": -0.1}, {"loss_type": "cispo", "epsilon_high": -1.0}):  # fmt: skip
+        with pytest.warns(UserWarning, match="is none of the registry's"):
+            trainer = make_trainer(tmp_path, clip="host", max_steps=2, **own)
+        assert trainer.clip is None
+    trainer.train()
+    assert not any(key.startswith("clip/") for entry in trainer.state.log_history for key in entry)
 
 
 @pytest.mark.parametrize("anchor", ["p", "r", "both"])

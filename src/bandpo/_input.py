@@ -150,9 +150,10 @@ def per_token(advantages: Tensor, logps: Tensor, name: str = "advantages") -> Te
     if logps.dim() > 1 and advantages.shape == logps.shape[:-1]:
         advantages = advantages.unsqueeze(-1)
     if advantages.device != logps.device or advantages.shape not in (logps.shape, (*logps.shape[:-1], 1)):
+        each = f" or per sequence {tuple(logps.shape[:-1])}" if logps.dim() > 1 else ""
         raise InputError(
             f"{name} has shape {tuple(advantages.shape)} on {advantages.device}: must be per token "
-            f"{tuple(logps.shape)} or per sequence {tuple(logps.shape[:-1])}, on {logps.device}"
+            f"{tuple(logps.shape)}{each}, on {logps.device}"
         )
     return advantages
 

@@ -91,6 +91,6 @@ def _engine(adapter: str, host: Host) -> dict[str, Any]:
             importlib.import_module(host.package)
             found["plugged"] = module in sys.modules
         importlib.import_module(module).check_seam()
-    except Exception as error:  # whatever a framework of another version does
+    except (Exception, SystemExit) as error:  # whatever a framework of another version does
         return found | {"fits": False, "note": str(error) or repr(error)}
     return found | {"fits": True, "note": ""}

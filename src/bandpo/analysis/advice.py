@@ -105,8 +105,8 @@ def _taken(found: dict[str, Any]) -> Iterator[Advice]:
     whole = found["effect"][0]
     kept, opposed = whole["gradient_kept"], whole["gradient_opposed"]
     if kept is not None and kept < 0.9:
-        kl = found["equivalent"].get("band_kl")
-        band = f"; Band kl {kl['value']:.2g} takes as much" if kl else ""
+        kl, anchor = found["equivalent"].get("band_kl"), found["clip"]["anchor"]
+        band = f"; Band kl {kl['value']:.2g} takes {_alike(found['equivalent'])}" if kl and anchor == "old" else ""
         yield (
             f"The clip keeps {_percent(kept)} of the gradient{band}: if that is not intended, make fewer updates a "
             "rollout or smaller ones, or widen it.",
@@ -120,6 +120,12 @@ def _taken(found: dict[str, Any]) -> Iterator[Advice]:
             opposed,
             "how-much-is-too-much",
         )
+
+
+def _alike(same: dict[str, Any]) -> str:
+    """Return what Band takes like the clip, in words."""
+    missed = abs(same["band_kl"]["share"] - same["share"]) > 0.02 * same["share"]
+    return ("nearly " if missed else "") + ("it from as many tokens" if same["by"] == "zero_gradient" else "as much")
 
 
 def _rare(found: dict[str, Any]) -> Iterator[Advice]:

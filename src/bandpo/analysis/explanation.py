@@ -36,7 +36,8 @@ class Explanation:
         sequence: kl_mean and kl_max over sequences of sum (r - 1 - log r), an unbiased estimate of KL(old || new) of
             the whole sequence; minus_log_ratio_mean, the same by sum -log r. None for (token,) tensors.
         equivalent: by "zero_gradient" (as many tokens without gradient as under the clip), or where it shuts out none
-            "gradient_kept" (as much of sum |r A|), or None (it took nothing: any wider one does that too); and for
+            "gradient_kept" (as much of sum |r A|), "other" (it took none, and changed it otherwise, as no bound of the
+            ratio does), or None (it took nothing: any wider one does that too); and for
             band_kl, band_tv, band_chi2, dppo_kl, dppo_tv (radii) and fixed (eps on both sides) the value and the share
             that it takes; None where none takes as much.
         clips: what each clip of the registry would have done, with its published defaults: clip, looks_at, missing,

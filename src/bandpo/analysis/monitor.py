@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bandpo._input import as_arguments
+from bandpo._input import InputError, as_arguments
 from bandpo.clips import get_clip
 from bandpo.clips.anchored import anchored
 from bandpo.clips.base import Clip
@@ -96,7 +97,17 @@ class Monitor:
 
         Args:
             other: of another process or data loader.
+
+        Raises:
+            InputError: it is no monitor, or one of another clip.
         """
+        if not isinstance(other, Monitor):
+            raise InputError(f"other={type(other).__name__}: must be a bandpo.Monitor of the same clip")
+        mine, theirs = (re.sub(" at 0x[0-9a-f]+", "", repr(x.clip)) for x in (self, other))
+        if mine != theirs:
+            raise InputError(
+                f"other: measures {theirs}, and this monitor {mine}: must be the same clip; merge like with like"
+            )
         self.sums = self.sums + other.sums.to(self.sums)
         self.maxima = torch.maximum(self.maxima, other.maxima.to(self.maxima))
         self._empty = self._empty and other._empty

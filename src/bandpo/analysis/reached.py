@@ -133,12 +133,15 @@ class Reached:
 
     def _idle(self, clip: Clip, whole: dict[str, Any], counts: dict[str, Any], tokens: int) -> dict[str, Any]:
         """Say whether the clip does nothing, and why."""
-        why, kept = None, whole["gradient_kept"]  # None where every r A rounds to 0
+        why, kept, opposed = None, whole["gradient_kept"], whole["gradient_opposed"]  # None where every r A rounds to 0
+        same = kept is not None and abs(kept - 1) < NOTHING and opposed < NOTHING and whole["zero_grad"] == 0
         if counts["zero"] == 1:
             why = "no_advantage"
+        elif not same and self.sums["taken"] > 0:  # some clips act where every ratio is 1
+            why = None
         elif self.sums["still"] == tokens:
             why = "one_update"
-        elif self.sums["taken"] == 0 or (whole["zero_grad"] == 0 and kept is not None and abs(kept - 1) < NOTHING):
+        else:
             why = "no_clip" if clip.name == "none" else "not_reached"
         return {
             "idle": why is not None,
@@ -159,16 +162,19 @@ class Reached:
         rows = stats.sums.sum((0, 1))
         tokens, free = float(rows[0]), float(rows[FIELDS.index("gradient_free")])
         shut, lost = whole["zero_grad"] * tokens, free - float(rows[FIELDS.index("gradient_kept")])
-        by = "zero_gradient" if shut > 0 else "gradient_kept" if lost > NOTHING * free else None
+        changed = max(abs(lost), float(rows[FIELDS.index("gradient_opposed")])) > NOTHING * free
+        by = "zero_gradient" if shut > 0 else "gradient_kept" if lost > NOTHING * free else "other" if changed else None
         if by == "zero_gradient":
             target, share = shut, whole["zero_grad"]
         else:
-            target, share = (lost, lost / free) if by else (0.0, 0.0)
+            target, share = (lost, lost / free) if by == "gradient_kept" else (0.0, 0.0)
         found: dict[str, Any] = {"by": by, "share": share}
         for name, measure in EQUAL.items():
             tail = self.outward[measure]
             sums = tail.weights if by == "gradient_kept" else tail.counts
-            if float(sums.sum()) < max(target / 1.02, 1e-30):  # nothing has moved outward, or too little
+            if by == "other" or float(sums.sum()) < max(
+                target / 1.02, 1e-30
+            ):  # nothing has moved outward, or too little
                 found[name] = None
             elif by is None:  # anything wider than what was reached
                 found[name] = {"value": max(tail.quantile(1.0) * (1 + 2**-10), RADII[0]), "share": 0.0}

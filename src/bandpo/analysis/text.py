@@ -41,6 +41,11 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.3g} %"
 
 
+def many(n: int, what: str) -> str:
+    """Return how many, for people: "1 token", "2,048 tokens"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def number(x: float | None) -> str:
     """Return a number for people."""
     return "-" if x is None else f"{x:.3g}"
@@ -50,6 +55,13 @@ def nearly(same: dict[str, Any]) -> str:
     """Return "nearly " where an `Explanation.equivalent` misses its share by more than 2 %, else ""."""
     missed = any(same[key] and abs(same[key]["share"] - same["share"]) > 0.02 * same["share"] for _, key in EQUAL)
     return "nearly " if missed else ""
+
+
+def why_none(same: dict[str, Any]) -> str:
+    """Return why an `Explanation.equivalent` names no radius, in words."""
+    if same["by"] is None:
+        return "no token has moved in the direction of its advantage"
+    return f"no bound of the ratio {'changes gradients as this clip' if same['by'] == 'other' else 'takes as much'}"
 
 
 def taken(same: dict[str, Any]) -> str:
@@ -73,12 +85,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _head(found: dict[str, Any]) -> list[str]:
     n, clip, idle = found["counts"], found["clip"], found["idle"]
-    where = "" if n["sequences"] is None else f" in {n['sequences']:,} sequences"
+    where = "" if n["sequences"] is None else f" in {many(n['sequences'], 'sequence')}"
     signs = f"A > 0 {percent(n['positive'])}, A < 0 {percent(n['negative'])}, A = 0 {percent(n['zero'])}"
     ratio = f"ratio exactly 1: {percent(idle['ratio_one'])}; beyond 2x: {percent(idle['ratio_beyond_2x'])}"
     acts = WHY.get(idle["why"], "no.")
     return [
-        f"{n['tokens']:,} tokens{where}; {signs}",
+        f"{many(n['tokens'], 'token')}{where}; {signs}",
         f"mean of -log p {number(n['surprise'])} nats; {ratio}; largest |log r| {number(idle['largest_log_ratio'])}",
         f"clip {clip['name']}: {clip['is']}",
         f"idle? {acts}",
@@ -116,10 +128,7 @@ def _equivalent(found: dict[str, Any]) -> list[str]:
     same, where = found["equivalent"], measured(found["clip"])
     known = [(name, same[key]) for name, key in EQUAL if same[key] is not None]
     if not known:
-        why = "no token has moved in the direction of its advantage"
-        return [
-            f"Equal to this clip here{where}: {why if same['by'] is None else 'no bound of the ratio takes as much'}"
-        ]
+        return [f"Equal to this clip here{where}: {why_none(same)}"]
     if same["by"] is None:
         title = f"Equal to this clip here{where}: it took nothing, and so does anything of at least"
     else:

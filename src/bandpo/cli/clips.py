@@ -37,7 +37,7 @@ def _clips(args: argparse.Namespace) -> None:
     else:
         result, text = _card(args.name)
     if args.plot is not None:
-        result["plot"] = str(_plot(args.name, args.plot))
+        result["plot"] = str(_plot(result.get("name"), args.plot))
         text += f"\n\ndrawn: {result['plot']}"
     print(json.dumps(result) if args.json else text)
 
@@ -82,4 +82,4 @@ def _plot(name: str | None, path: Path) -> Path:
     from bandpo.plots.heat import draw_clip
     from bandpo.plots.regions import draw_regions
 
-    return save(draw_regions() if name is None else draw_clip(name.replace("-", "_")), path)
+    return save(draw_regions() if name is None else draw_clip(name), path)

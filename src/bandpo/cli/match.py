@@ -153,7 +153,7 @@ def _why(result: dict[str, Any]) -> str:
 
 
 def _text(result: dict[str, Any]) -> str:
-    from bandpo.analysis.text import number, table
+    from bandpo.analysis.text import many, number, table
 
     names, lines = result["divergences"], [f"clip {result['clip']}: {result['is']}"]
     for side, bound in (("above", "high"), ("below", "low")):
@@ -170,7 +170,7 @@ def _text(result: dict[str, Any]) -> str:
     tokens = result.get("tokens")
     if tokens and tokens["mean_width"]:
         some = f"{tokens['sample']:,} of " if tokens["sample"] < tokens["count"] else ""
-        widths.append((f"mean width over {some}{tokens['count']:,} tokens", tokens["mean_width"]))
+        widths.append((f"mean width over {some}{many(tokens['count'], 'token')}", tokens["mean_width"]))
     if widths:
         lines += ["", "Radius that is as wide, as the mean of p (high - low)"]
         lines += table(("", *names), [(title, *(number(row[x]) for x in names)) for title, row in widths])
@@ -185,12 +185,10 @@ def _radius(x: float | None) -> str:
 
 
 def _taken(same: dict[str, Any]) -> list[str]:
-    from bandpo.analysis.text import nearly, number
+    from bandpo.analysis.text import nearly, number, why_none
 
     names = {"band_kl": "Band kl", "band_tv": "Band tv", "band_chi2": "Band chi2", "fixed": "PPO eps"}
     known = [f"{title} {number(same[key]['value'])}" for key, title in names.items() if same[key] is not None]
     if not known or not math.isfinite(same["share"]):
-        still = same["by"] is None
-        why = "no token has moved in the direction of its advantage" if still else "no bound of the ratio takes as much"
-        return [f"By what is taken nothing matches: {why}"]
+        return [f"By what is taken nothing matches: {why_none(same)}"]
     return [f"With {nearly(same)}{BY[same['by']].format(share=100 * same['share'])}:", f"  {', '.join(known)}"]

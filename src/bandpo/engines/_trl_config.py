@@ -86,16 +86,18 @@ def clip_of(config: GRPOConfig) -> Clip | None:
     Returns:
         The clip; None for a loss that has none in the registry.
     """
-    low, high = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
-    if config.loss_type == "cispo":
-        return Cispo(None, high - 1)  # TRL's epsilon_high is the ceiling itself
-    if config.loss_type == "sapo":
-        return Sapo(config.sapo_temperature_pos, config.sapo_temperature_neg)
+    low = min(config.epsilon, 1.0)  # no ratio is below 0
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    sequence = config.importance_sampling_level == "sequence"
     if config.loss_type == "vespo" and not (config.use_vllm and config.vllm_importance_sampling_correction):
         return Vespo(config.vespo_k_pos, config.vespo_lambda_pos, config.vespo_k_neg, config.vespo_lambda_neg)
-    if config.loss_type not in _LOSSES:
+    if config.loss_type == "cispo" and not sequence and high >= 0:
+        return Cispo(None, high - 1)  # TRL's epsilon_high is the ceiling itself
+    if config.loss_type == "sapo" and not sequence:
+        return Sapo(config.sapo_temperature_pos, config.sapo_temperature_neg)
+    if config.loss_type not in _LOSSES or min(low, high) < 0 or (sequence and config.delta is not None):
         return None
-    if config.importance_sampling_level == "sequence":
+    if sequence:
         return Gspo(low, high)
     if config.delta is None:
         return Fixed(low, high)

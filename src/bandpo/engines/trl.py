@@ -155,6 +155,14 @@ class BandGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **named)
         self._clip = make_clip(args)
         self.clip = None if self._clip is None else self._clip.at(0.0)
+        if self._clip is None:
+            warnings.warn(
+                f"clip='host': TRL's own clip with loss_type={args.loss_type!r}, importance_sampling_level="
+                f"{args.importance_sampling_level!r}, epsilon={args.epsilon}, epsilon_high={args.epsilon_high} and "
+                f"delta={args.delta} is none of the registry's: it trains as ever, and is not measured",
+                UserWarning,
+                stacklevel=2,
+            )
         self.token_callback: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
         self._logps: Tensor | None = None
         self._entropies: Tensor | None = None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bandpo.analysis.explanation import Explanation
-from bandpo.analysis.text import EQUAL, WHY, measured, number, percent, taken
+from bandpo.analysis.text import EQUAL, WHY, many, measured, number, percent, taken, why_none
 from bandpo.clips.base import Clip, Region
 from bandpo.lab.page import render, write
 from bandpo.lab.page.svg import inline
@@ -64,6 +64,7 @@ def write_page(found: Explanation, name: str, path: Path, command: Sequence[str]
         gap_rows=[(_bucket(x["bucket"]), x) for x in (d["rollout"] or {"by_bucket": []})["by_bucket"]],
         percent=percent,
         number=number,
+        many=many,
         bucket=_bucket,
     )
     return write(page, path)
@@ -75,10 +76,14 @@ def _bucket(name: str) -> str:
 
 def _equal(same: dict[str, Any]) -> dict[str, Any]:
     """What is as wide as the clip, in words and as rows."""
-    title = "It took nothing, and so does anything of at least:"
-    if same["by"] is not None:
+    rows = [(name, number(same[key]["value"])) for name, key in EQUAL if same[key]]
+    if not rows:
+        title = f"{why_none(same)}.".capitalize()
+    elif same["by"] is None:
+        title = "It took nothing, and so does anything of at least:"
+    else:
         title = f"{taken(same)} with:".capitalize()
-    return {"title": title, "rows": [(name, number(same[key]["value"])) for name, key in EQUAL if same[key]]}
+    return {"title": title, "rows": rows}
 
 
 def _known(clips: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bandpo._input import InputError, nearest
 from bandpo.clips.base import Clip, Region
 from bandpo.operator.family import get_divergence
-from bandpo.operator.tokens import Tokens, above
+from bandpo.operator.tokens import TINY, Tokens, above
 
 EDGES = (0.01, 0.1, 0.5, 0.9)
 BUCKETS = tuple(f"p{low:g}-{high:g}" for low, high in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))
@@ -56,7 +56,7 @@ class ClipStats:
         return ClipStats(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
     def metrics(self, prefix: str = "", only: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return the shares, as tensors of no dimension; 0 where there is no token.
+        """Return the shares, as tensors of no dimension; 0 where there is no token, and all kept where every A is 0.
 
         Args:
             prefix: put before each name.
@@ -79,10 +79,11 @@ class ClipStats:
         rows = torch.cat([rows.sum(1, keepdim=True), rows], 1)
         most = torch.stack([self.maxima.amax(0), self.maxima[2], self.maxima[0]])
         most = torch.cat([most.amax(1, keepdim=True), most], 1).to(rows.dtype)
-        n, counts, kept, free, reached = torch.split(rows, [1, len(COUNTS) - 1, 2, 1, len(MEASURES)], -1)
-        tokens, shares = n.clamp(min=1.0), counts / n.clamp(min=1.0)
-        kept, zero = kept / torch.where(free > 0, free, 1.0), shares[..., -2:].sum(-1, keepdim=True)
-        found = torch.cat([shares, zero, kept, reached / tokens, most, n / tokens[0, 0]], -1).float().flatten()
+        n, counts, kept, opposed, free, reached = torch.split(rows, [1, len(COUNTS) - 1, 1, 1, 1, len(MEASURES)], -1)
+        tokens, opposed = n.clamp(min=1.0), opposed / free.clamp(min=TINY)
+        shares, kept = counts / tokens, torch.where(free == 0, n.clamp(max=1.0), kept / free)
+        zero = shares[..., -2:].sum(-1, keepdim=True)
+        found = torch.cat([shares, zero, kept, opposed, reached / tokens, most, n / tokens[0, 0]], -1).float().flatten()
         return {prefix + name: found[_PLACES[name]] for name in wanted}
 
 
@@ -118,9 +119,7 @@ def _sides(region: Region | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
     if region is None:
         return (torch.zeros_like(tokens.log_r),) * 2
     side, uncapped = region.side(tokens), region.uncapped()
-    if uncapped is region:
-        return side, torch.zeros_like(side)
-    inside = uncapped.side(tokens)
+    inside = side if uncapped is region else uncapped.side(tokens)
     return inside, above(side - inside, 0.0)
 
 

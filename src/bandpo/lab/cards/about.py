@@ -91,7 +91,7 @@ def about(name: str) -> About:
     """Return what there is to say about a clip.
 
     Args:
-        name: in the registry; hyphens count as underscores.
+        name: in the registry, hyphens count as underscores; or one of `PRESETS`, for the clip that it is.
 
     Returns:
         It.
@@ -99,9 +99,9 @@ def about(name: str) -> About:
     Raises:
         InputError: no clip of that name; the nearest one is named.
     """
-    name = name.replace("-", "_")
+    asked, (name, *_) = name, PRESETS.get(name, (name.replace("-", "_"),))
     if name not in CLIPS:
-        raise InputError(f"clip {name!r}: must be one of {', '.join(CLIPS)}{nearest(name, CLIPS)}")
+        raise InputError(f"clip {asked!r}: must be one of {', '.join(CLIPS)}{nearest(asked, CLIPS)}")
     kind, facts = CLIPS[name], _facts().get(name, {})
     paragraphs, described = _docstring(kind)
     formula, *rest = paragraphs[1:] if len(paragraphs) > 1 else [""]
