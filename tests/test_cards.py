@@ -187,6 +187,9 @@ def test_the_command_prints_the_registry_and_a_card(capsys: pytest.CaptureFixtur
     assert [row["name"] for row in rows] == NAMES and rows[NAMES.index("band")]["uses_p"]
     assert cli.main(["clips", "clip-higher"]) == 0
     assert "c / A, A > 0" in (said := capsys.readouterr().out) and "DAPO, 2503.14476" in said
+    assert cli.main(["clips", "ipo"]) == 0 and cli.main(["clips", "ipo@2026-03"]) == 0
+    half = len(said := capsys.readouterr().out) // 2
+    assert said[:half] == said[half:]
     assert cli.main(["clips", "clip_higher", "--json"]) == 0
     (piece,) = json.loads(capsys.readouterr().out)["slices"]
     assert piece["A>0"]["reach"][0] == pytest.approx(1.28) and piece["A>0"]["kept"][4][1] is None
