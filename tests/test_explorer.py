@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import bandpo
-from bandpo.lab.cards.explorer import explorable, results
+from bandpo.lab.cards.explorer import RANGES, accepts, explorable, results
 from bandpo.plots import surface
 
 PAGE = Path(__file__).parent.parent / "docs" / "explorer.html"
@@ -91,7 +91,8 @@ def test_its_numbers_are_the_librarys(tmp_path: Path) -> None:
             p = np.exp(rng.uniform(math.log(1e-4), 0, 16)).clip(1e-4, 0.99)
             r = np.exp(rng.uniform(np.log(0.05), np.minimum(math.log(20), -np.log(p) - 1e-3)))
             signs = [1.0, -1.0] * 8
-            points = results(bandpo.get_clip(name, **args), p.tolist(), r.tolist(), signs)
+            p, r = np.append(p, [0.3, 0.9, 0.999]), np.append(r, [1 / 0.3, 1 / 0.9, 1 / 0.999])  # and where q = 1
+            points = results(bandpo.get_clip(name, **args), p.tolist(), r.tolist(), [*signs, 1.0, 1.0, 1.0])
             wanted += [(name, args, point) for point in points]
     assert len(wanted) >= 900
     given = json.dumps([[name, args, *point[:3]] for name, args, point in wanted])
@@ -129,7 +130,53 @@ def test_a_link_restores_what_was_set_and_what_cannot_be_is_said(tmp_path: Path)
     for said in ("p = 7: must be from 0.0001 to 0.999", "no clip bnad here", "b.delta = x", "no divergence no here"):
         assert said in text(dom), said
     assert "clip_higher, region" in text(dom) and "kl(p, q)" in text(dom)
-    assert "r counts as 1.111, where q = 1" in text(opened(tmp_path, "", "#p=0.9&r=5&a=truly_ppo"))
+
+
+@needs_browser
+def test_whatever_a_link_has_that_cannot_be_is_said(tmp_path: Path) -> None:
+    said = {
+        "s=7": "s = 7: must be 1 or -1",
+        "a=fixed&a.delta=0.5": "delta = 0.5: fixed has no argument delta",
+        "a=dcpo&a.eps_high=1.2": "a.eps_high = 1.2: must be from 0 to 1",
+        "a=ce_gppo&a.cap=1": "a.cap = 1: must be from 1.001 to 100",
+        "a=cispo&a.eps_low= ": "a.eps_low =  : must be from 0 to 1",
+        "x=1": "x: no such setting here",
+        "p=0.1&p=0.2": "p: given twice, the first counts",
+        "p=0.123456&r=1.98765": "",
+    }
+    for name in ("__proto__", "constructor", "toString"):
+        said[f"a={name}"] = f"no clip {name} here"
+        said[f"b=band&b.divergence={name}"] = f"no divergence {name} here"
+        said[f"a=fixed&a.{name}=1"] = f"{name} = 1: fixed has no argument {name}"
+    question = f'{json.dumps(list(said))}.map((x) => {{ start(x); return [byId("wrong").textContent, link()]; }})'
+    answers = asked(tmp_path, question)
+    assert [wrong for wrong, _ in answers] == list(said.values())
+    assert answers[list(said).index("p=0.123456&r=1.98765")][1].startswith("#p=0.123456&r=1.98765&")
+
+
+@needs_browser
+def test_the_words_fit_the_clip(tmp_path: Path) -> None:
+    said = {
+        "a=truly_ppo&p=0.9&r=5": ("c / A -7.206e16", "1 − q counts as 6.939e-18", "ends outward at r = 1.064"),
+        "a=truly_ppo&p=0.999&r=5": (
+            "c / A -7.206e14",
+            "0.967 to 1.001 region of q 0.966 to 1 ends outward at r = 1.001",
+        ),
+        "a=band&a.divergence=tv&p=0.97&r=5": ("the upper bound cannot bind", "ends outward never"),
+        "a=maspo&a.sigma=0.1&p=0.1&r=2": ("ends outward never",),  # fades too far for a float, and does not end
+        "a=band&a.cap=3&p=0.01&r=5&s=-1": ("r = 5 is above 3 = cap, but A pushes it back: 5",),
+        "a=up_grpo&p=0.01&r=5&s=-1": ("in numbers r = 5 > cap = 3 and A < 0: 0",),
+        "a=aspo&p=0.01&r=5&s=-1": ("but A pushes it back: at most cap = 3: 3",),
+        "a=trgppo&p=0.0001&s=-1": ("region of r 0.0000167 to", "ends outward at r = 0.0000167"),
+        "a=band&a.divergence=chi2&a.delta=0.0001&p=0.0001&s=-1": ("ends outward at r = 0.00005",),
+        "a=dro&s=-1": ("ends outward at r = 0.0000454",),
+        "a=none&s=-1": ("ends outward never, down to r = 1e-300",),
+    }
+    words = '[...byId("a-said").querySelectorAll("dt, dd")].map((x) => x.textContent).join(" ")'
+    answers = asked(tmp_path, f"{json.dumps(list(said))}.map((x) => {{ start(x); return {words}; }})")
+    for (link, wanted), got in zip(said.items(), answers, strict=True):
+        assert not [x for x in wanted if x not in got], (link, got)
+        assert "not a number" not in got, link
 
 
 @needs_browser
@@ -153,6 +200,45 @@ def test_controls_act_and_have_names(tmp_path: Path) -> None:
     assert got["after"] == got["kept"] and "delta: from 0.0001 to 2" in got["wrong"]
     assert got["link"] == "#p=0.2&r=0.5&s=-1&a=clip_higher&b=dppo_tv&b.delta=0.05&b.cap=none"
     assert not got["nameless"] and not got["skipped"]
+
+
+@needs_browser
+def test_what_was_wrong_is_right_again_after_any_change(tmp_path: Path) -> None:
+    script = """
+      const fire = (id, x, event = "input") => { byId(id).value = x; byId(id).dispatchEvent(new Event(event)); };
+      const wrong = () => [byId("wrong").textContent, document.querySelectorAll("[aria-invalid=true]").length];
+      const seen = [];
+      for (const right of [() => byId("reset").click(), () => fire("p", -1), () => fire("b-clip", "spo", "change")]) {
+        start("b=band"); byId("p-number").focus();
+        fire("p-number", 7); fire("b-delta-number", -3); seen.push(wrong());
+        right(); seen.push([...wrong(), byId("p-number").value]);
+      }
+      start("a=dual_clip"); fire("a-cap", 0); seen.push(state.a.args.cap);
+      document.body.dataset.answer = JSON.stringify(seen);"""
+    found = re.search(r'data-answer="([^"]*)"', opened(tmp_path, script))
+    assert found
+    bad = ["delta: from 0.0001 to 2", 2]
+    assert json.loads(html.unescape(found[1])) == [
+        bad,
+        ["", 0, "0.01"],
+        bad,
+        ["", 0, "0.1"],
+        bad,
+        ["", 0, "0.01"],
+        1.001,
+    ]
+
+
+def test_its_limits_are_the_librarys() -> None:
+    inside = json.loads(PAGE.read_text("utf-8").split('id="truths">')[1].split("</script>")[0])
+    for row in inside["clips"]:
+        name, limits = row["name"], row["limits"]
+        numbers = [key for key in row["defaults"] if key != "divergence"]
+        assert list(limits) == numbers or name not in ROWS, f"{name}: an argument has no range in RANGES"
+        for key, (least, most) in limits.items():
+            assert accepts(name, key, least) and accepts(name, key, most), (name, key)
+            assert least == RANGES[key][0] or not accepts(name, key, least - 0.001), (name, key)
+            assert most == RANGES[key][1] or not accepts(name, key, most + 0.001), (name, key)
 
 
 @needs_browser

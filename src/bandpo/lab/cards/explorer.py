@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bandpo._input import InputError
 from bandpo.clips import get_clip, list_clips
 from bandpo.clips.base import Clip, Region
 from bandpo.lab.cards.about import about
@@ -25,12 +26,61 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "drpo": [{"eps": 0.15}],
     "maspo": [{"sigma": 0.3, "alpha": 0.5, "beta": 2.0}],
 }
+# where the explorer's controls may go, as far as the library lets them
+RANGES: dict[str, tuple[float, float]] = {
+    "delta": (1e-4, 2.0),
+    "eps": (0.01, 20.0),
+    "eps_low": (0.0, 1.0),
+    "eps_high": (0.0, 5.0),
+    "cap": (1.0, 100.0),
+    "floor": (0.0, 1.0),
+    "tau_pos": (0.1, 10.0),
+    "tau_neg": (0.1, 10.0),
+    "n": (0.1, 10.0),
+    "m": (0.1, 10.0),
+    "sigma": (0.1, 10.0),
+    "alpha": (0.0, 0.99),
+    "beta": (0.001, 10.0),
+    "beta_low": (0.0, 2.0),
+    "beta_high": (0.0, 2.0),
+    "slope": (0.1, 50.0),
+}
 P, R = (0.0004, 0.012, 0.09, 0.37, 0.84), (0.09, 0.71, 1.13, 3.4)
 
 
 def explorable() -> list[str]:
     """Return the clips that look at one token alone and need nothing but its log-probabilities and A."""
     return [name for name in list_clips() if (clip := get_clip(name)).looks_at == "token" and not clip.needs]
+
+
+def accepts(name: str, key: str, value: float) -> bool:
+    """Return whether a clip takes that value of an argument, the others at their defaults."""
+    try:
+        get_clip(name, **{key: value})
+    except InputError:
+        return False
+    return True
+
+
+def limits(name: str, defaults: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return for each argument in `RANGES` the part of its range that the clip accepts, to a thousandth."""
+    found = {}
+    for key in defaults.keys() & RANGES.keys():
+        least, most = RANGES[key]
+        start = (least + most) / 2 if defaults[key] is None else defaults[key]
+        found[key] = (_end(name, key, start, least), _end(name, key, start, most))
+    return {key: found[key] for key in defaults if key in found}
+
+
+def _end(name: str, key: str, start: float, end: float) -> float:
+    """Return the end, or where the clip refuses it, the last thousandth from the start to it that is accepted."""
+    if accepts(name, key, end):
+        return end
+    good, bad = round(start * 1000), round(end * 1000)
+    while abs(bad - good) > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if accepts(name, key, middle / 1000) else (good, middle)
+    return good / 1000
 
 
 def results(clip: Clip, p: list[float], r: list[float], signs: list[float]) -> list[list[Any]]:
@@ -72,7 +122,7 @@ def truths() -> str:
         defaults = {a.name: a.default for a in it.arguments if a.name != "region" and not isinstance(a.default, dict)}
         optional = [key for key in defaults if "or None" in next(a.text for a in it.arguments if a.name == key)]
         row = {"name": name, "kind": it.kind, "summary": it.summary, "defaults": defaults, "optional": optional}
-        clips.append(row)
+        clips.append({**row, "limits": limits(name, defaults)})
         for i, args in enumerate([{}, *ARGUMENTS.get(name, [])]):
             some = at if not args else at[i % 2 :: 2]
             points = results(get_clip(name, **args), *(list(x) for x in zip(*some, strict=True)))
