@@ -172,9 +172,8 @@ class Reached:
         for name, measure in EQUAL.items():
             tail = self.outward[measure]
             sums = tail.weights if by == "gradient_kept" else tail.counts
-            if by == "other" or float(sums.sum()) < max(
-                target / 1.02, 1e-30
-            ):  # nothing has moved outward, or too little
+            enough = float(sums.sum()) >= max(target / 1.02, 1e-30)  # else nothing has moved outward, or too little
+            if by == "other" or not enough:
                 found[name] = None
             elif by is None:  # anything wider than what was reached
                 found[name] = {"value": max(tail.quantile(1.0) * (1 + 2**-10), RADII[0]), "share": 0.0}

@@ -71,10 +71,10 @@ class ClipStats:
         Raises:
             InputError: `only` names what there is not.
         """
-        every = [name for name in _PLACES if name != "share"]  # which is 1
-        wanted = every if only is None else [only] if isinstance(only, str) else list(only)
+        only = [name for name in _PLACES if name != "share"] if only is None else only  # the share of all is 1
+        wanted = [only] if isinstance(only, str) else list(only)
         for name in set(wanted) - _PLACES.keys():
-            raise InputError(f"only={name!r}: is no metric{nearest(name, every)}; must be one, or None for all")
+            raise InputError(f"only={name!r}: is no metric{nearest(name, _PLACES)}; must be one, or None for all")
         rows = torch.stack([self.sums.sum(0), self.sums[2], self.sums[0]])  # all signs, A > 0, A < 0
         rows = torch.cat([rows.sum(1, keepdim=True), rows], 1)
         most = torch.stack([self.maxima.amax(0), self.maxima[2], self.maxima[0]])
