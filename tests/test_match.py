@@ -138,6 +138,13 @@ def test_the_command_gives_the_radius_whose_bound_is_the_clips(capsys):
     text = run(capsys, *words)[1]
     assert "There is no single answer" in text and text.count("beyond") == 3 + 1
     assert max(map(len, text.splitlines())) <= 110
+    corners = {
+        "--eps 0.2 --p 1e-12": "-: no radius",
+        "--clip none --p 0.1": " none ",
+        "--eps 0.2 --p 0.9999999999": "999 ",
+    }
+    for line, says in corners.items():
+        assert says in run(capsys, *line.split())[1]
 
 
 def test_the_command_matches_on_tokens_what_explain_says(capsys):

@@ -20,6 +20,7 @@ from bandpo.operator.radius import RADII
 if TYPE_CHECKING:
     from bandpo.clips.base import Region
 
+MOST = 1e300  # a bound beyond this is none
 POINTS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9)
 BY = {
     "zero_gradient": "as many of these tokens without gradient, {share:.3g} %",
@@ -160,12 +161,16 @@ def _text(result: dict[str, Any]) -> str:
         if "rows" in result:
             head = ("p", bound, *names)
             rows = [
-                (f"{row['p']:g}", number(row[bound]), *(_radius(row[side][name]) for name in names))
+                (
+                    f"{row['p']:.10g}",
+                    "none" if row[bound] > MOST else number(row[bound]),
+                    *(_radius(row[side][name]) for name in names),
+                )
                 for row in result["rows"]
             ]
             lines += ["", f"Radius whose bound {side} r = 1 is the clip's", *table(head, rows)]
     if any(row[side][x] is None for row in result.get("rows", ()) for side in ("above", "below") for x in names):
-        lines.append("beyond: no radius puts a bound there, past probability 1 or at a ratio of 0")
+        lines.append(f"beyond: no radius up to {RADII[1]:g} puts a bound there, past probability 1 or at a ratio of 0")
     widths = [("mean width over these p", result["mean_width"])] if "mean_width" in result else []
     tokens = result.get("tokens")
     if tokens and tokens["mean_width"]:
@@ -174,6 +179,8 @@ def _text(result: dict[str, Any]) -> str:
     if widths:
         lines += ["", "Radius that is as wide, as the mean of p (high - low)"]
         lines += table(("", *names), [(title, *(number(row[x]) for x in names)) for title, row in widths])
+        if any(row[x] is None for _, row in widths for x in names):
+            lines.append(f"-: no radius from {RADII[0]:g} to {RADII[1]:g} is as wide")
     if tokens:
         lines += ["", *_taken(tokens["equivalent"])]
         lines += [line for said in tokens["remarks"] for line in textwrap.wrap(f"- {said}", 110)]
