@@ -73,6 +73,8 @@ def test_a_batch_of_no_size_is_none_and_a_metric_misspelt_is_named() -> None:
     for shape in ((0, 5), (3, 0), (0,)):
         monitor.update(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape))
     assert monitor.compute() == {}
+    with pytest.raises(ValueError, match="is no metric"):
+        monitor.compute(only=["kept"])
     monitor.update(**batch(0))
     assert list(monitor.compute(only="zero_grad")) == ["clip/zero_grad"]
     for found in (monitor.compute, bandpo.ClipStats(monitor.sums, monitor.maxima).metrics):

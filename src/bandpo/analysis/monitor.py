@@ -126,6 +126,5 @@ class Monitor:
         Raises:
             InputError: `only` names what there is not.
         """
-        if self._empty and not bool(self.sums.any()):  # not empty where other ranks' were summed into them
-            return {}
-        return ClipStats(self.sums, self.maxima).metrics(prefix, only)
+        found = ClipStats(self.sums, self.maxima).metrics(prefix, only)
+        return {} if self._empty and not bool(self.sums.any()) else found  # not empty where other ranks' were summed in
