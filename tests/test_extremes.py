@@ -101,6 +101,8 @@ def test_gates_and_bounds_agree(name, log_p, share, delta, wide):
     new = old + log_r
     if new > 0 or log_r < -80 or bound == 0:
         return
+    if share < 0 and not wide and log_p < -87:  # a lower bound is solved down to float32's least p, see `_continued`
+        return
     near = 1e-2 if not wide else 1e-6  # float32 log-probabilities have that few digits of a small ratio
     gap = (new - old - bound).abs() / bound.abs()
     if gap < near or (new - old).abs() < 50 * torch.finfo(dtype).eps * old.abs():

@@ -81,7 +81,8 @@ def tail_bounds(
 def _continued(log_high: Tensor, below: Tensor, shape: Shape) -> Tensor:
     """Return the upper bound of a p that is e^-below of the one it was solved at: there p f(r) is the same for all p.
 
-    The lower bound needs nothing of the kind: its ratio is zero for any use, long before.
+    The lower bound needs nothing of the kind: its ratio is zero for any use, long before. It stays what it is at that
+    p, which is narrower than the region.
     """
     if shape.far is None:  # a power law
         return log_high + below / shape.growth
