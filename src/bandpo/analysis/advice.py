@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bandpo.analysis.text import nearly, percent
+
 MOST = 5
 FEW = 20  # tokens of which a share says something
 PAGE = "docs/explain.md#"
@@ -60,7 +62,7 @@ def _idle(found: dict[str, Any]) -> Iterator[Advice]:
         )
     elif idle["why"] is None and idle["ratio_one_uncertain"] >= 0.1:
         yield (
-            f"{_percent(idle['ratio_one_uncertain'])} of the tokens with p < 0.999 have a ratio of exactly 1, as the "
+            f"{percent(idle['ratio_one_uncertain'])} of the tokens with p < 0.999 have a ratio of exactly 1, as the "
             "first update of a rollout has: shares over all tokens understate what the clip does in later updates.",
             idle["ratio_one_uncertain"],
             "is-the-clip-idle",
@@ -81,7 +83,7 @@ def _rollout(found: dict[str, Any]) -> Iterator[Advice]:
         )
     elif gap["k3"] > 0.01 or gap["effective_sample_size"] < 0.9 or (gap["k3"] > moved and gap["k3"] > 1e-4):
         yield (
-            f"Rollout engine and trainer disagree by more than 2x on {_percent(gap['beyond_2x'])} of the tokens (k3 "
+            f"Rollout engine and trainer disagree by more than 2x on {percent(gap['beyond_2x'])} of the tokens (k3 "
             f"{gap['k3']:.3g} nats, while the update itself moved kl by {moved:.3g}; effective sample size "
             f"{gap['effective_sample_size']:.2f}): fix that first, or correct for it "
             "(anchor; TRL: vllm_importance_sampling_correction).",
@@ -108,14 +110,14 @@ def _taken(found: dict[str, Any]) -> Iterator[Advice]:
         kl, anchor = found["equivalent"].get("band_kl"), found["clip"]["anchor"]
         band = f"; Band kl {kl['value']:.2g} takes {_alike(found['equivalent'])}" if kl and anchor == "old" else ""
         yield (
-            f"The clip keeps {_percent(kept)} of the gradient{band}: if that is not intended, make fewer updates a "
+            f"The clip keeps {percent(kept)} of the gradient{band}: if that is not intended, make fewer updates a "
             "rollout or smaller ones, or widen it.",
             kept,
             "how-much-is-too-much",
         )
     if opposed is not None and opposed > 0.01:
         yield (
-            f"{_percent(opposed)} as much gradient as there is without a clip pushes against its advantage: this clip "
+            f"{percent(opposed)} as much gradient as there is without a clip pushes against its advantage: this clip "
             "pulls tokens back.",
             opposed,
             "how-much-is-too-much",
@@ -124,8 +126,7 @@ def _taken(found: dict[str, Any]) -> Iterator[Advice]:
 
 def _alike(same: dict[str, Any]) -> str:
     """Return what Band takes like the clip, in words."""
-    missed = abs(same["band_kl"]["share"] - same["share"]) > 0.02 * same["share"]
-    return ("nearly " if missed else "") + ("it from as many tokens" if same["by"] == "zero_gradient" else "as much")
+    return nearly(same, ["band_kl"]) + ("it from as many tokens" if same["by"] == "zero_gradient" else "as much")
 
 
 def _rare(found: dict[str, Any]) -> Iterator[Advice]:
@@ -141,10 +142,10 @@ def _rare(found: dict[str, Any]) -> Iterator[Advice]:
     if rare > 0.01 and rare > 2 * other:
         than = ""
         if band and found["clip"]["name"] != "band":
-            than = f"; Band kl 0.05 would take it from {_percent(band['zero_grad_rare'])}"
+            than = f"; Band kl 0.05 would take it from {percent(band['zero_grad_rare'])}"
         yield (
-            f"Of the {tokens[0]:,} tokens with A > 0 and p < 0.1, {_percent(rare)} have no gradient, against "
-            f"{_percent(other)} of the other ones with A > 0: the clip holds rare tokens down, however good they "
+            f"Of the {tokens[0]:,} tokens with A > 0 and p < 0.1, {percent(rare)} have no gradient, against "
+            f"{percent(other)} of the other ones with A > 0: the clip holds rare tokens down, however good they "
             f"are{than}.",
             rare,
             "rare-tokens",
@@ -172,7 +173,7 @@ def _simplex(found: dict[str, Any]) -> Iterator[Advice]:
     clip = found["clip"]
     if clip["beyond_simplex"] > 0.2 and not found["idle"]["idle"]:
         yield (
-            f"For {_percent(clip['beyond_simplex'])} of the tokens the upper bound lies past probability 1, so that "
+            f"For {percent(clip['beyond_simplex'])} of the tokens the upper bound lies past probability 1, so that "
             "nothing confines their rise.",
             clip["beyond_simplex"],
             "which-clip",
@@ -183,11 +184,7 @@ def _calm(found: dict[str, Any]) -> Iterator[Advice]:
     kept = found["effect"][0]["gradient_kept"]
     if kept is not None:
         yield (
-            f"Nothing stands out: the clip keeps {_percent(kept)} of the gradient.",
+            f"Nothing stands out: the clip keeps {percent(kept)} of the gradient.",
             kept,
             "how-much-is-too-much",
         )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.3g} %"

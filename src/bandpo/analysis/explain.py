@@ -16,6 +16,7 @@ from bandpo.analysis.gap import Gap
 from bandpo.analysis.others import Others
 from bandpo.analysis.reached import Reached
 from bandpo.analysis.sanity import LOGS, Sanity, check_mask
+from bandpo.analysis.text import many
 from bandpo.clips import get_clip
 from bandpo.clips.anchored import anchored
 from bandpo.clips.base import Clip
@@ -232,7 +233,7 @@ class Explainer:
         found = self.reached.as_dict(self.clip, self.stats, tokens)
         remarks = [*self.sanity.remarks(), *self.remarks]
         if tokens < 100:
-            remarks.append(f"{'1 token' if tokens == 1 else f'{tokens} tokens'}: too few for shares and percentiles")
+            remarks.append(f"{many(tokens, 'token')}: too few for shares and percentiles")
         found["counts"] |= {"padding": self.padding, "left_out": self.sanity.left_out}
         found |= {
             "clips": [] if self.others is None else self.others.rows(),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bandpo._input import InputError
 from bandpo.analysis.tails import Tails
+from bandpo.analysis.text import many
 
 ROUNDING = 0.01  # a log-probability above 0 by no more than this is a rounded 0
 TOO_MANY = 0.01  # the share of values above 0 from which they are something else
@@ -87,7 +88,9 @@ class Sanity:
 
     def remarks(self) -> list[str]:
         """Return a sentence for each oddity."""
-        said = [f"{what} for {_count(n)}, the first at {where}; left out" for what, (n, where) in self._odd.items()]
+        said = [
+            f"{what} for {many(n, 'token')}, the first at {where}; left out" for what, (n, where) in self._odd.items()
+        ]
         for name, quotients in self._quotients.items():
             middle = quotients.quantile(0.5)
             for base, b in BASES.items() if int(quotients.counts.sum()) >= FEW else ():
@@ -145,10 +148,6 @@ def check_mask(name: str, mask: Tensor, start: int = 0) -> None:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x, x * x
-
-
-def _count(n: int) -> str:
-    return "1 token" if n == 1 else f"{n:,} tokens"
 
 
 def _place(found: Tensor, start: int) -> str:

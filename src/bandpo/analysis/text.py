@@ -51,9 +51,9 @@ def number(x: float | None) -> str:
     return "-" if x is None else f"{x:.3g}"
 
 
-def nearly(same: dict[str, Any]) -> str:
-    """Return "nearly " where an `Explanation.equivalent` misses its share by more than 2 %, else ""."""
-    missed = any(same[key] and abs(same[key]["share"] - same["share"]) > 0.02 * same["share"] for _, key in EQUAL)
+def nearly(same: dict[str, Any], keys: Sequence[str] = tuple(dict(EQUAL).values())) -> str:
+    """Return "nearly " where one of an `Explanation.equivalent` misses its share by more than 2 %, else ""."""
+    missed = any(same[key] and abs(same[key]["share"] - same["share"]) > 0.02 * same["share"] for key in keys)
     return "nearly " if missed else ""
 
 
