@@ -16,6 +16,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
+import bandpo
 from bandpo import cli
 from bandpo._input import InputError
 from bandpo.analysis.explain import Explainer
@@ -171,6 +172,16 @@ def test_every_format_holds_the_same_tokens(
             [row for row in x["clips"] if row["clip"] != "clip_cov"] for x in (found, want)
         )  # hashes digits
         assert _numbers(mine) == pytest.approx(_numbers(theirs), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["one after the other, lengths", "a line a sequence", "a row a token"])
+def test_clips_of_the_batch_see_all_sequences_of_a_small_log(how: str, tmp_path: Path) -> None:
+    x = arrays()
+    name, write = WRITERS[how]
+    write(tmp_path / name, x)
+    want = bandpo.explain(**{k: torch.from_numpy(v.copy()) for k, v in x.items()}, clip="kl_cov")  # type: ignore[arg-type]
+    found = open_log(tmp_path / name).explained(Explainer("kl_cov"))
+    assert _numbers(found.effect) == pytest.approx(_numbers(want.effect), rel=1e-5, abs=1e-9)
 
 
 def _numbers(x: Any) -> list[float]:

@@ -83,11 +83,11 @@ def _rollout(found: dict[str, Any]) -> Iterator[Advice]:
         )
     elif gap["k3"] > 0.01 or gap["effective_sample_size"] < 0.9 or (gap["k3"] > moved and gap["k3"] > 1e-4):
         yield (
-            f"Rollout engine and trainer disagree by more than 2x on {percent(gap['beyond_2x'])} of the tokens (k3 "
-            f"{gap['k3']:.3g} nats, while the update itself moved kl by {moved:.3g}; effective sample size "
+            f"Rollout engine and trainer disagree by k3 {gap['k3']:.3g} nats, while the update itself moved kl by "
+            f"{moved:.3g} (beyond 2x: {percent(gap['beyond_2x'])} of the tokens; effective sample size "
             f"{gap['effective_sample_size']:.2f}): fix that first, or correct for it "
             "(anchor; TRL: vllm_importance_sampling_correction).",
-            gap["beyond_2x"],
+            gap["k3"],
             "which-old-policy",
         )
 

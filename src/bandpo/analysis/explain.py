@@ -163,6 +163,8 @@ class Explainer:
         token = as_mask(mask, logps)
         if mask is not None:
             check_mask("mask", mask, self.seen)
+        elif logps.dim() > 1:
+            self.sanity.unmasked(logps, old_logps)
         given["mask"] = torch.ones_like(logps, dtype=torch.bool) if token is None else token
         if logits is not None:
             given["logits"] = logits

@@ -35,9 +35,8 @@ class Reached:
         self.sums = dict.fromkeys(
             (*MEASURES, "still", "surprise", "beyond", "off_simplex", "taken", "free", "stuck", "rare"), 0.0
         )
-        self.sequences: list[
-            Tensor
-        ] = []  # of each part: how many, sum and maximum of the estimate of KL, sum of -log r
+        # of each part: how many sequences, sum and maximum of the estimate of KL, sum of -log r
+        self.sequences: list[Tensor] = []
         self.stride, self.place = 1, 0
         self.kept: list[Tensor] = []
 

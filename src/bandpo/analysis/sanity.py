@@ -31,6 +31,7 @@ class Sanity:
 
     def __init__(self) -> None:
         self.left_out = 0
+        self._certain, self._rows = 0, 0  # of arrays without a mask: cells at the ends of rows that look like padding
         self._odd: dict[str, tuple[int, str]] = {}  # what: how many, and where the first one is
         self._quotients: dict[str, Tails] = {}  # of each log-probability and the old one
         self._sums = torch.zeros(10, dtype=torch.float64)
@@ -65,6 +66,12 @@ class Sanity:
         self.left_out += int(mask.sum()) - int(kept.sum())
         return kept
 
+    def unmasked(self, logps: Tensor, old_logps: Tensor) -> None:
+        """Count what looks like padding in (batch, token) tensors that came without a mask."""
+        nothing = (logps == 0) & (old_logps == 0)
+        self._certain += int(nothing.flip(-1).cumprod(-1).sum())
+        self._rows += len(logps)
+
     def _note(self, what: str, found: Tensor, start: int) -> Tensor:
         count = int(found.sum())
         if count:
@@ -91,6 +98,11 @@ class Sanity:
         said = [
             f"{what} for {many(n, 'token')}, the first at {where}; left out" for what, (n, where) in self._odd.items()
         ]
+        if self._certain > 2 * self._rows:  # an end token or two may well be certain
+            said.append(
+                f"no mask was given, and {many(self._certain, 'token')} at the ends of sequences have "
+                "log-probabilities of exactly 0, as padding has, and count; if they are padding, give a mask or lengths"
+            )
         for name, quotients in self._quotients.items():
             middle = quotients.quantile(0.5)
             for base, b in BASES.items() if int(quotients.counts.sum()) >= FEW else ():

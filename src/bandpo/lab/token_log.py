@@ -197,7 +197,7 @@ def _run_clip(folder: Path) -> tuple[str, dict[str, Any]] | None:
 
 
 def _whole_sequences(blocks: Iterator[Block], batch: int | None, remarks: list[str]) -> Iterator[Block]:
-    """Pad tokens that say to which sequence they belong; hold back the last sequence of a block, which may go on."""
+    """Pad tokens that say to which sequence they belong; hold back the last part of a block, which may go on."""
     held: Block = {}
     seen: set[Any] = set()
     again: list[Any] = []
@@ -208,7 +208,8 @@ def _whole_sequences(blocks: Iterator[Block], batch: int | None, remarks: list[s
             continue
         block = {name: np.concatenate([held[name], x]) for name, x in block.items()} if held else block
         starts = _starts(block["sequence"])
-        keep = starts[-1] if batch is None else starts[(len(starts) - 1) // batch * batch]
+        *_, (last, _) = _groups(np.diff(np.append(starts, len(block["logps"]))), batch)
+        keep = starts[last]
         held = {name: x[keep:] for name, x in block.items()}
         _note_again(block["sequence"][starts[starts < keep]].tolist(), seen, again)
         yield from _padded({name: x[:keep] for name, x in block.items()}, batch)
