@@ -36,6 +36,7 @@ X = torch.full((2, 3), -1.0)
         (lambda: bandpo.Fixed(eps_high=-1), "eps_high=-1"),
         (lambda: bandpo.Sides(high=bandpo.Band(), low=0.2), "low=0.2"),
         (lambda: bandpo.get_clip("bnd"), "did you mean 'band'"),
+        (lambda: bandpo.get_clip("ATR"), "did you mean 'atr'"),
         (lambda: bandpo.get_clip("band", dleta=0.1), "did you mean 'delta'"),
         (lambda: bandpo.get_clip("fixed", delta=0.1), "it takes eps_low, eps_high"),
         (lambda: bandpo.get_clip(bandpo.Band(), delta=0.1), "made already"),

@@ -23,7 +23,7 @@ class InputError(ValueError):
 
 
 def nearest(name: object, choices: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the choice closest to `name`, or ``""``.
+    """Return ``" (did you mean 'x'?)"`` for the choice closest to `name` in any case, or ``""``.
 
     Args:
         name: what the user wrote.
@@ -32,8 +32,9 @@ def nearest(name: object, choices: Iterable[str]) -> str:
     Returns:
         A clause to append to an error message.
     """
-    match = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    names = {str(choice).lower(): choice for choice in choices}
+    match = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.6)
+    return f" (did you mean {names[match[0]]!r}?)" if match else ""
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
