@@ -165,6 +165,12 @@ def test_the_command_matches_on_tokens_what_explain_says(capsys):
         assert says[words[-1]] in run(capsys, *words, "--tokens", str(LOG))[1]
 
 
+def test_the_command_shows_the_divergences_asked_for(capsys):
+    _, text, _ = run(capsys, "--eps", "0.2", "--tokens", "example", "--divergence", "tv", "hellinger")
+    assert "Band tv" in text and "PPO eps" in text and "hellinger" in text
+    assert not any(x in text for x in ("kl", "chi2", "(--tokens)"))
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

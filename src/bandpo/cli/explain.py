@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bandpo._input import InputError, is_import_path, nearest
+from bandpo._input import InputError, is_import_path
 from bandpo.cli._clip import add_clip, clip_args
+from bandpo.cli._log import log_path
 from bandpo.cli._parser import finish
 
 if TYPE_CHECKING:
     from bandpo.clips.base import Clip
     from bandpo.lab.token_log import TokenLog
-
-EXAMPLE = "example"  # the log that ships with the package
 
 
 def add_parser(commands: Any) -> None:
@@ -52,7 +50,7 @@ def _explain(args: argparse.Namespace) -> None:
     given = clip_args(args)
     if args.clip is None and given:
         raise InputError(f"--clip_args {given}: must come with --clip NAME; name the clip")
-    log = open_log(_path(args.file))
+    log = open_log(log_path(args.file))
     clip, given = (args.clip, given) if args.clip else log.clip or ("fixed", {})
     if not args.clip and is_import_path(clip):
         raise InputError(f"{args.file}: its clip {clip} is code of the run's: give --clip {clip} to run it, or another")
@@ -98,17 +96,3 @@ def _command(args: argparse.Namespace, given: dict[str, Any]) -> list[str]:
 
 def _drawn(result: dict[str, Any]) -> list[str]:
     return [f"written: {result['html']}"] if "html" in result else []
-
-
-def _path(file: str) -> Path:
-    path = Path(file)
-    there = os.path.exists(path)  # unlike Path's own, it raises for no name
-    if file == EXAMPLE and not there:
-        return Path(str(importlib.resources.files("bandpo") / "examples" / "tokens.npz"))
-    if not there:
-        beside = os.listdir(path.parent) if os.access(path.parent, os.R_OK) and os.path.isdir(path.parent) else []
-        raise InputError(
-            f"{file}: no such file{nearest(path.name, [*beside, EXAMPLE])}; give a log of tokens, or try: bandpo "
-            f"explain {EXAMPLE}"
-        )
-    return path

@@ -6,12 +6,12 @@ import argparse
 import json
 import math
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bandpo
 from bandpo._input import InputError
 from bandpo.cli._clip import add_clip, clip_args
+from bandpo.cli._log import log_path
 from bandpo.cli._parser import finish
 from bandpo.clips.schedule import constant
 from bandpo.operator.family import FAMILY
@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--eps_high", type=float, help="the margin above, where it is another")
     add_clip(parser, "instead of --eps")
     parser.add_argument("--p", type=float, nargs="+", help="old probabilities; a few from 0.01 to 0.9 unless given")
-    parser.add_argument("--tokens", type=Path, metavar="FILE", help="a log of tokens, as bandpo explain reads it")
+    parser.add_argument("--tokens", metavar="FILE", help="a log of tokens, or 'example', as bandpo explain reads it")
     parser.add_argument(
         "--divergence",
         nargs="+",
@@ -123,16 +123,18 @@ def _mean_width(region: Region, old: Any, divergences: list[str]) -> dict[str, f
 
 def _on_tokens(clip: bandpo.Clip, region: Region | None, args: argparse.Namespace) -> dict[str, Any]:
     from bandpo.analysis.explain import Explainer
+    from bandpo.analysis.reached import EQUAL
     from bandpo.lab.token_log import open_log
 
-    found = open_log(args.tokens).explained(Explainer(clip, others=False))
+    found = open_log(log_path(args.tokens)).explained(Explainer(clip, others=False))
+    asked = (*args.divergence, "eps")
     width = None if region is None else _mean_width(region, found.sample["log_p"], args.divergence)
     return {
-        "file": str(args.tokens),
+        "file": args.tokens,
         "count": found.counts["tokens"],
         "sample": len(found.sample["log_p"]),
         "mean_width": width,
-        "equivalent": found.equivalent,
+        "equivalent": {key: x for key, x in found.equivalent.items() if EQUAL.get(key, "eps") in asked},
         "remarks": found.remarks,
     }
 
@@ -149,7 +151,7 @@ def _why(result: dict[str, Any]) -> str:
             start += f": the upper bound here is kl {a:.3g} at p = {p:g} and {b:.3g} at p = {q:g}"
     return (
         f"{start}. Radii of different divergences do not compare either; match what you care about: the bounds at "
-        "one p, the mean width, or what is taken from your own tokens (--tokens)."
+        f"one p, the mean width, or what is taken from your own tokens{'' if 'tokens' in result else ' (--tokens)'}."
     )
 
 
@@ -195,7 +197,10 @@ def _taken(same: dict[str, Any]) -> list[str]:
     from bandpo.analysis.text import nearly, number, why_none
 
     names = {"band_kl": "Band kl", "band_tv": "Band tv", "band_chi2": "Band chi2", "fixed": "PPO eps"}
-    known = [f"{title} {number(same[key]['value'])}" for key, title in names.items() if same[key] is not None]
+    known = {key: f"{title} {number(same[key]['value'])}" for key, title in names.items() if same.get(key) is not None}
     if not known or not math.isfinite(same["share"]):
         return [f"By what is taken nothing matches: {why_none(same)}"]
-    return [f"With {nearly(same)}{BY[same['by']].format(share=100 * same['share'])}:", f"  {', '.join(known)}"]
+    return [
+        f"With {nearly(same, list(known))}{BY[same['by']].format(share=100 * same['share'])}:",
+        f"  {', '.join(known.values())}",
+    ]
