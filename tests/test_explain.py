@@ -751,3 +751,13 @@ def test_the_page_has_every_format_and_field(format: str) -> None:
 
     assert format in FORMATS and f"`{format}`" in PAGE and len(FORMATS) == 6
     assert all(f"`{name}`" in PAGE for ours, names in NAMES.items() for name in (ours, *names))
+
+
+def test_the_default_device_makes_no_difference() -> None:
+    t = simple() | {"rollout_logps": simple()["old_logps"]}
+    want = str(bandpo.explain(**t, entropies=-t["old_logps"]))
+    torch.set_default_device("meta")
+    try:
+        assert str(bandpo.explain(**t, entropies=-t["old_logps"])) == want
+    finally:
+        torch.set_default_device(None)

@@ -174,10 +174,10 @@ def test_every_format_holds_the_same_tokens(
         assert _numbers(mine) == pytest.approx(_numbers(theirs), rel=1e-5)
 
 
-@pytest.mark.parametrize("how", ["one after the other, lengths", "a line a sequence", "a row a token"])
+@pytest.mark.parametrize("how", ["one after the other, lengths", "a line a sequence", "a row a token", "two"])
 def test_clips_of_the_batch_see_all_sequences_of_a_small_log(how: str, tmp_path: Path) -> None:
     x = arrays()
-    name, write = WRITERS[how]
+    name, write = WRITERS["torch, two batches" if how == "two" else how]
     write(tmp_path / name, x)
     want = bandpo.explain(**{k: torch.from_numpy(v.copy()) for k, v in x.items()}, clip="kl_cov")  # type: ignore[arg-type]
     found = open_log(tmp_path / name).explained(Explainer("kl_cov"))

@@ -148,7 +148,7 @@ HOSTS = [
     ({"loss_type": "cispo"}, bandpo.get_clip("cispo", eps_high=-0.8)),  # TRL's own default cuts every ratio to 0.2
     ({"epsilon_high": 0.28}, bandpo.Fixed(0.2, 0.28)),
     ({"delta": 3.0}, bandpo.get_clip("dual_clip", cap=3.0)),
-    ({"delta": 1.1}, bandpo.get_clip("dual_clip", eps_high=1.1 - 1, cap=1.1)),
+    ({"delta": 1.1}, bandpo.get_clip("dual_clip", eps_high=1.1 - 1, cap=1.2)),
     ({"importance_sampling_level": "sequence", "epsilon": 3e-4}, bandpo.get_clip("gspo", eps_high=3e-4)),
     ({"loss_type": "vespo"}, bandpo.get_clip("vespo")),
     ({"epsilon": 2.0, "epsilon_high": 0.2}, bandpo.Fixed(1.0, 0.2)),  # no bound below
@@ -304,3 +304,18 @@ def test_trls_ceiling_beside_a_region_is_counted(tmp_path):
     wide = bandpo.Band(delta=0.5)
     assert (Below(wide, 1.5).coefficient(tokens) != 0).tolist() == [[False, True]]
     assert (wide.coefficient(tokens) != 0).all()
+
+
+def test_trls_ceiling_takes_what_trls_formula_takes():
+    from bandpo.engines._trl_config import Below, clip_of
+
+    logps = (-0.3 + torch.linspace(-0.6, 0.29, 90)).repeat(2, 1).double()
+    old, advantages = torch.full_like(logps, -0.3 - 0.29), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    for high, delta in ((0.5, 1.3), (0.2, 1.3), (0.5, 1.1), (0.2, 3.0)):
+        x = logps.clone().requires_grad_()
+        r, a = torch.exp(x - old), advantages[:, None]
+        torch.minimum(r.clamp(max=delta) * a, r.clamp(0.8, 1 + high) * a).sum().backward()
+        tokens = bandpo.Tokens(logps, old, advantages)
+        host = clip_of(GRPOConfig(epsilon=0.2, epsilon_high=high, delta=delta, use_cpu=True, bf16=False))
+        for clip in (host, Below(bandpo.Fixed(0.2, high), delta)):
+            torch.testing.assert_close(clip.coefficient(tokens), x.grad)

@@ -52,15 +52,17 @@ def _idle(found: dict[str, Any]) -> Iterator[Advice]:
             "is-the-clip-idle",
         )
     elif idle["why"] == "not_reached":
-        far = found["equivalent"]["fixed"]
+        far, anchor = found["equivalent"]["fixed"], found["clip"]["anchor"]
         eps = 0.0 if far is None else far["value"]
+        measured = "" if anchor == "old" else f" from old_logps, where this clip measures by anchor={anchor}"
         yield (
             f"No token went far enough for this clip: in the direction of its advantage none moved its ratio by more "
-            f"than {eps:.3g}; another clip of this width changes nothing here, and what the run does has other causes.",
+            f"than {eps:.3g}{measured}; another clip of this width changes nothing here, and what the run does has "
+            "other causes.",
             eps,
             "is-the-clip-idle",
         )
-    elif idle["why"] is None and idle["ratio_one_uncertain"] >= 0.1:
+    elif idle["why"] is None and idle["ratio_one_uncertain"] >= 0.1 and found["clip"]["anchor"] == "old":
         yield (
             f"{percent(idle['ratio_one_uncertain'])} of the tokens with p < 0.999 have a ratio of exactly 1, as the "
             "first update of a rollout has: shares over all tokens understate what the clip does in later updates.",
@@ -74,6 +76,7 @@ def _rollout(found: dict[str, Any]) -> Iterator[Advice]:
     if gap is None:
         return
     moved = found["divergence"]["kl"]["mean"]
+    anchor = "anchor; " if found["clip"]["anchor"] == "old" else ""
     if gap["equal"] == 1:
         yield (
             "rollout_logps equal old_logps for every token: one was copied from the other, and the gap between engine "
@@ -86,7 +89,7 @@ def _rollout(found: dict[str, Any]) -> Iterator[Advice]:
             f"Rollout engine and trainer disagree by k3 {gap['k3']:.3g} nats, while the update itself moved kl by "
             f"{moved:.3g} (beyond 2x: {percent(gap['beyond_2x'])} of the tokens; effective sample size "
             f"{gap['effective_sample_size']:.2f}): fix that first, or correct for it "
-            "(anchor; TRL: vllm_importance_sampling_correction).",
+            f"({anchor}TRL: vllm_importance_sampling_correction).",
             gap["k3"],
             "which-old-policy",
         )
@@ -109,8 +112,9 @@ def _taken(found: dict[str, Any]) -> Iterator[Advice]:
     if kept is not None and kept < 0.9:
         kl, anchor = found["equivalent"].get("band_kl"), found["clip"]["anchor"]
         band = f"; Band kl {kl['value']:.2g} takes {_alike(found['equivalent'])}" if kl and anchor == "old" else ""
+        gap = "" if anchor == "old" else "close the gap between engine and trainer, "
         yield (
-            f"The clip keeps {percent(kept)} of the gradient{band}: if that is not intended, make fewer updates a "
+            f"The clip keeps {percent(kept)} of the gradient{band}: if that is not intended, {gap}make fewer updates a "
             "rollout or smaller ones, or widen it.",
             kept,
             "how-much-is-too-much",

@@ -19,8 +19,11 @@ class Gap:
     """Sums over tokens of w = old / rollout, by bucket of old probability, and over sequences of their product."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(len(BUCKETS), len(FIELDS), dtype=torch.float64)
-        self.sequences, self.top = torch.zeros(3, dtype=torch.float64), -math.inf  # how many, sum of V and of V^2
+        self.sums = torch.zeros(len(BUCKETS), len(FIELDS), dtype=torch.float64, device="cpu")
+        self.sequences, self.top = (
+            torch.zeros(3, dtype=torch.float64, device="cpu"),
+            -math.inf,
+        )  # how many, sum of V and of V^2
         self.largest, self.equal = 0.0, 0.0
 
     def add(self, old_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> None:

@@ -22,9 +22,9 @@ class Others:
 
     def __init__(self) -> None:
         self.clips = {name: get_clip(name) for name in CLIPS}
-        self.sums = dict.fromkeys(CLIPS, torch.zeros(len(FIELDS) + 1, dtype=torch.float64))
+        self.sums = dict.fromkeys(CLIPS, torch.zeros(len(FIELDS) + 1, dtype=torch.float64, device="cpu"))
         self.missing: dict[str, str] = {}
-        self.totals = torch.zeros(3, dtype=torch.float64)  # tokens, rare ones with A > 0, sum of |r A|
+        self.totals = torch.zeros(3, dtype=torch.float64, device="cpu")  # tokens, rare ones with A > 0, sum of |r A|
         self.entropy = False
 
     def add(self, tokens: Tokens, per_c: Tensor | None) -> None:
@@ -39,7 +39,7 @@ class Others:
         rare = (sign > 0) & (tokens.log_p < math.log(RARE))
         n = tokens.log_p.numel() if tokens.mask is None else tokens.mask.sum()
         free = torch.minimum(tokens.weighted.abs(), most).sum()
-        self.totals += torch.stack([torch.as_tensor(x).double() for x in (n, rare.sum(), free)])
+        self.totals += torch.stack([torch.as_tensor(x, device="cpu").double() for x in (n, rare.sum(), free)])
         self.entropy |= per_c is not None
         for name, clip in self.clips.items():
             if lacks := missing(clip, tokens):

@@ -138,7 +138,7 @@ class Reached:
             why = "no_advantage"
         elif not same and self.sums["taken"] > 0:  # some clips act where every ratio is 1
             why = None
-        elif self.sums["still"] == tokens:
+        elif self.sums["still"] == tokens and not isinstance(clip, Anchored):  # that one measures another ratio
             why = "one_update"
         else:
             why = "no_clip" if clip.name == "none" else "not_reached"

@@ -12,7 +12,8 @@ from bandpo.analysis.tails import Tails
 from bandpo.analysis.text import many
 
 ROUNDING = 0.01  # a log-probability above 0 by no more than this is a rounded 0
-TOO_MANY = 0.01  # the share of values above 0 from which they are something else
+TOO_MANY = 0.01  # the share of values above 0 from which they are something else,
+ODD = 10  # where they are this many, or most
 LOGS = ("logps", "old_logps", "rollout_logps")
 SIZES = {"entropies": 0.01, "state_divergence": 1e-4}  # never below 0 by more than rounding does
 HUGE = 1e30  # an advantage beyond this overflows float32 with its ratio
@@ -34,7 +35,7 @@ class Sanity:
         self._certain, self._rows = 0, 0  # of arrays without a mask: cells at the ends of rows that look like padding
         self._odd: dict[str, tuple[int, str]] = {}  # what: how many, and where the first one is
         self._quotients: dict[str, Tails] = {}  # of each log-probability and the old one
-        self._sums = torch.zeros(10, dtype=torch.float64)
+        self._sums = torch.zeros(10, dtype=torch.float64, device="cpu")
 
     def clean(self, values: dict[str, Tensor], mask: Tensor, start: int = 0) -> Tensor:
         """Return the mask without the tokens that cannot be used.
@@ -60,7 +61,8 @@ class Sanity:
                 kept = kept & ~self._note(f"{name} is below 0", mask & (x < -SIZES[name]) & (x > -math.inf), start)
             if name in LOGS:
                 above = mask & torch.isfinite(x) & (x > ROUNDING)
-                if int(above.sum()) > TOO_MANY * int(mask.sum()):
+                count, tokens = int(above.sum()), int(mask.sum())
+                if count > TOO_MANY * tokens and (count >= ODD or 2 * count > tokens):
                     raise InputError(_not_logs(name, x[mask & torch.isfinite(x)], above, start))
                 kept = kept & ~self._note(f"{name} is above 0", above, start)
         self.left_out += int(mask.sum()) - int(kept.sum())
@@ -133,8 +135,9 @@ class Sanity:
             for name, quotient in (("old_logps", surprise / h), ("entropies", h / surprise)) if apart else ():
                 if abs(quotient * math.log(2) - 1) < 2 * NEAR:
                     said.append(
-                        f"the mean of -old_logps is {surprise:.4g} and that of entropies {h:.4g}, which should be "
-                        f"alike: implausible, {name} may be in bits; multiply by 0.6931"
+                        f"the mean of -old_logps is {surprise:.4g} and that of entropies {h:.4g}, alike where "
+                        f"tokens are sampled at the temperature of both: {name} may be in bits (multiply by 0.6931), "
+                        "or the tokens were sampled at another temperature, or from the likeliest alone"
                     )
         return said
 

@@ -22,8 +22,8 @@ class Tails:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
-        self.weights = torch.zeros(BINS, dtype=torch.float64)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
+        self.weights = torch.zeros(BINS, dtype=torch.float64, device="cpu")
 
     def add(self, values: Tensor, weights: Tensor | None = None) -> None:
         """Count values, which are at least 0, with weights or without."""
@@ -53,7 +53,7 @@ class Tails:
         """
         sums = self.weights if weighted else self.counts
         above = sums.flip(0).cumsum(0).flip(0)  # in this bin and beyond
-        start = 1 + int(_bin(torch.tensor(least)))
+        start = 1 + int(_bin(torch.tensor(least, device="cpu")))
         place = int((above[start:] - wanted).abs().argmin()) + start
         found = float(above[place])
         same = (above == above[place]).to(torch.int8)
@@ -70,11 +70,11 @@ def _bin(values: Tensor) -> Tensor:
 
 def _edge(place: int) -> float:
     """The least value of a bin."""
-    bits = torch.tensor(min(place, BINS - 1) << SHIFT, dtype=torch.int32)
+    bits = torch.tensor(min(place, BINS - 1) << SHIFT, dtype=torch.int32, device="cpu")
     return float(bits.view(torch.float32))
 
 
 def _below(value: float) -> float:
     """The float32 just below."""
-    x = torch.tensor(value)
+    x = torch.tensor(value, device="cpu")
     return float(torch.nextafter(x, torch.zeros_like(x)))

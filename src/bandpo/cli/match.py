@@ -89,7 +89,7 @@ def _clip(args: argparse.Namespace) -> bandpo.Clip:
         return constant(bandpo.get_clip(args.clip, **given))
     if given:
         raise InputError(f"--clip_args {given}: must come with --clip NAME; with --eps give --eps_high")
-    return bandpo.Fixed(args.eps, args.eps if args.eps_high is None else args.eps_high)
+    return bandpo.Fixed(min(args.eps, 1.0), args.eps if args.eps_high is None else args.eps_high)
 
 
 def _at_points(region: Region, points: list[float], divergences: list[str]) -> dict[str, Any]:

@@ -101,11 +101,12 @@ def clip_of(config: GRPOConfig) -> Clip | None:
         return Gspo(low, high)
     if config.delta is None:
         return Fixed(low, high)
-    return DualClip(low, min(high, config.delta - 1), cap=config.delta)  # TRL clamps r before it looks at the sign
+    # TRL clamps r before it looks at the sign; where A < 0 its clipped term goes on to 1 + epsilon_high
+    return DualClip(low, min(high, config.delta - 1), cap=max(config.delta, 1 + high))
 
 
 class Below(Clip):
-    """A clip beside TRL's `delta`, which clamps r before anything else: no gradient above it, for A > 0 either."""
+    """A region's clip beside TRL's `delta`: no gradient above it for A > 0, nor for A < 0 where the region ends too."""
 
     def __init__(self, clip: Clip, delta: float) -> None:
         self.clip, self.delta = clip, delta
@@ -118,8 +119,11 @@ class Below(Clip):
         return self.clip.boundary
 
     def coefficient(self, tokens: Tokens) -> Tensor:
-        """Return the clip's c, or 0 where r > delta."""
-        return torch.where(tokens.rise > self.delta - 1, 0.0, self.clip.coefficient(tokens))
+        """Return the clip's c, or 0 where TRL's min(min(r, delta) A, clip(r) A) is constant."""
+        over, region = tokens.rise > self.delta - 1, self.boundary
+        if region is not None:
+            over = over & ((tokens.advantages > 0) | (region.side(tokens) > 0))
+        return torch.where(over, 0.0, self.clip.coefficient(tokens))
 
 
 def make_clip(args: BandGRPOConfig) -> Clip | None:

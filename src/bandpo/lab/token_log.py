@@ -75,7 +75,8 @@ class TokenLog:
         Raises:
             InputError: a field has the wrong shape, length or type.
         """
-        for block in _whole_sequences(self._blocks(batch), batch, self.source.remarks):
+        blocks = _whole_sequences(self._blocks(batch), batch, self.source.remarks)
+        for block in _joined(blocks) if batch is None else blocks:
             part = {name: torch.tensor(x) for name, x in block.items()}
             part = {name: x if name == "mask" or x.is_floating_point() else x.float() for name, x in part.items()}
             if (tool := part.pop("tool_mask", None)) is not None:
@@ -221,6 +222,41 @@ def _whole_sequences(blocks: Iterator[Block], batch: int | None, remarks: list[s
             f"{len(again):,} sequences have the name of an earlier one that others follow, the first {again[0]!r}, and "
             "count as new ones: where they are the same, sort the rows by sequence"
         )
+
+
+def _joined(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Join padded blocks, as many as make no more than `PART` tokens with their padding: few take less time."""
+    held: list[Block] = []
+    rows = width = 0
+    for block in blocks:
+        shape = block["logps"].shape
+        alone = len(shape) != 2 or "logits" in block
+        if held and (alone or (rows + shape[0]) * max(width, shape[1]) > PART):
+            yield _stacked(held, width)
+            held, rows, width = [], 0, 0
+        if alone:
+            yield block
+        else:
+            held.append(block)
+            rows, width = rows + shape[0], max(width, shape[1])
+    if held:
+        yield _stacked(held, width)
+
+
+def _stacked(blocks: list[Block], width: int) -> Block:
+    """Pad blocks to one width, and put one below the other."""
+    if any(block["logps"].shape[1] < width for block in blocks):  # then there must be a mask
+        blocks = [{"mask": np.ones(block["logps"].shape, bool)} | block for block in blocks]
+    return {
+        name: np.concatenate(
+            [
+                np.pad(x, ((0, 0), (0, width - x.shape[1]))) if x.shape == block["logps"].shape else x
+                for block in blocks
+                for x in (block[name],)
+            ]
+        )
+        for name in blocks[0]
+    }
 
 
 def _guarded(path: Path, blocks: Iterator[Block]) -> Iterator[Block]:

@@ -112,8 +112,9 @@ class _Arrays:
             block = {ours: read(n) for ours, read in take.items()} | {k: x[i : i + n] for k, x in whole.items()}
             if ids is not None:
                 block["sequence"] = ids[i : i + n]
-            if lengths is not None and len(base) == 2 and "mask" not in block:
-                block["mask"] = np.arange(base[1]) < lengths[i : i + n, None]
+            if lengths is not None and len(base) == 2:
+                inside = np.arange(base[1]) < lengths[i : i + n, None]
+                block["mask"] = block["mask"] * inside if "mask" in block else inside
             yield block
 
     def _few(self, name: str, base: tuple[int, ...], lengths: np.ndarray) -> bool:
@@ -303,7 +304,8 @@ class _Rows:
         if used is not None:  # lists may be padded too
             ends = self._ends(used, lengths, own_records)
             place = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-            block.setdefault("mask", place < np.repeat(ends, lengths))
+            inside = place < np.repeat(ends, lengths)
+            block["mask"] = block["mask"] * inside if "mask" in block else inside
         return block
 
     def _ends(self, used: Any, lengths: np.ndarray, records: np.ndarray) -> np.ndarray:

@@ -114,11 +114,11 @@ def save(figure: Figure, path: str | Path, theme: Theme | None = None) -> Path:
         The path.
 
     Raises:
-        InputError: the suffix is no format of matplotlib, or the file cannot be written.
+        InputError: the suffix is none of these, or the file cannot be written.
     """
-    formats, path = figure.canvas.get_supported_filetypes(), Path(path)
+    path = Path(path)
     kind = path.suffix.lower().lstrip(".")
-    if kind not in formats:
+    if kind not in ("svg", "png", "pdf"):
         raise InputError(f"{path}: cannot draw to {kind or 'a file without a suffix'!r}; use .svg, .png or .pdf")
     drawn = _drawn(figure, kind, RC if theme is None else theme.rc)
     return _write(path, drawn if theme is None or kind != "svg" else slim(drawn))
