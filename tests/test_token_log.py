@@ -568,3 +568,25 @@ def test_a_run_whose_ratios_never_left_one_keeps_tokens_and_is_idle(
     for before, steps in ((99, {3}), (2, {2, 3})):  # one that moved ends it
         assert set(sampler(range(3, 5), sampler(range(1, 3), {}, moved=before), moved=3)["step"]) == steps
     assert all(len(x) == 0 for x in TokenSampler({}).arrays().values())
+
+
+def test_batches_of_different_widths_are_joined(tmp_path: Path) -> None:
+    x = {
+        k: torch.rand(3, 9).neg() if k != "advantages" else torch.randn(3) for k in ("logps", "old_logps", "advantages")
+    }
+    short = {k: v[:, :4] if v.dim() > 1 else v for k, v in x.items()}
+    short["advantages"] = x["advantages"][:, None]
+    torch.save([short, x, short], tmp_path / "x.pt")
+    (part,) = open_log(tmp_path / "x.pt").parts()
+    assert part["mask"].sum(-1).tolist() == [4] * 3 + [9] * 3 + [4] * 3
+    torch.testing.assert_close(part["logps"][3:6], x["logps"])
+    assert (part["advantages"][:3, 0] == x["advantages"]).all() and (part["old_logps"][:3, 4:] == 0).all()
+
+
+def test_lengths_beside_a_mask_hold_too(tmp_path: Path) -> None:
+    x = {k: -np.random.default_rng(0).random((3, 9), dtype=np.float32) for k in ("logps", "old_logps", "advantages")}
+    mask = np.ones((3, 9), np.int64)
+    mask[:, 0] = 0
+    np.savez(tmp_path / "x.npz", **x, mask=mask, lengths=[2, 3, 9])
+    (part,) = open_log(tmp_path / "x.npz").parts()
+    assert part["mask"].sum(-1).tolist() == [1, 2, 8]

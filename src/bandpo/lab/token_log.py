@@ -244,19 +244,17 @@ def _joined(blocks: Iterator[Block]) -> Iterator[Block]:
 
 
 def _stacked(blocks: list[Block], width: int) -> Block:
-    """Pad blocks to one width, and put one below the other."""
+    """Pad blocks to one width, and put one below the other; what has a number a sequence gets it for every token."""
+    if len(blocks) == 1:
+        return blocks[0]
     if any(block["logps"].shape[1] < width for block in blocks):  # then there must be a mask
         blocks = [{"mask": np.ones(block["logps"].shape, bool)} | block for block in blocks]
-    return {
-        name: np.concatenate(
-            [
-                np.pad(x, ((0, 0), (0, width - x.shape[1]))) if x.shape == block["logps"].shape else x
-                for block in blocks
-                for x in (block[name],)
-            ]
-        )
-        for name in blocks[0]
-    }
+    rows: list[Block] = []
+    for block in blocks:
+        shape = block["logps"].shape
+        full = {name: np.broadcast_to(x.reshape(len(x), -1), shape) for name, x in block.items()}
+        rows.append({name: np.pad(x, ((0, 0), (0, width - shape[1]))) for name, x in full.items()})
+    return {name: np.concatenate([block[name] for block in rows]) for name in rows[0]}
 
 
 def _guarded(path: Path, blocks: Iterator[Block]) -> Iterator[Block]:
