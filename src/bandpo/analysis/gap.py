@@ -20,10 +20,8 @@ class Gap:
 
     def __init__(self) -> None:
         self.sums = torch.zeros(len(BUCKETS), len(FIELDS), dtype=torch.float64, device="cpu")
-        self.sequences, self.top = (
-            torch.zeros(3, dtype=torch.float64, device="cpu"),
-            -math.inf,
-        )  # how many, sum of V and of V^2
+        self.sequences = torch.zeros(3, dtype=torch.float64, device="cpu")  # how many, sum of V and of V^2
+        self.top = -math.inf
         self.largest, self.equal = 0.0, 0.0
 
     def add(self, old_logps: Tensor, rollout_logps: Tensor, mask: Tensor) -> None:
